@@ -1,0 +1,1 @@
+"""Label contract, label files and readers of other formats."""

@@ -1,0 +1,1 @@
+"""Honest DFT labels: plans, engines, quality gate, runner."""

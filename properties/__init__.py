@@ -1,0 +1,1 @@
+"""Magnetic properties of materials from any ASE calculator with atomic moments."""
