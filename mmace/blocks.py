@@ -210,9 +210,7 @@ class RadialBasis(nn.Module):
 
     def __init__(self, cutoff: float, num_bessel: int, order: int) -> None:
         super().__init__()
-        self.embedding = RadialEmbeddingBlock(
-            r_max=cutoff, num_bessel=num_bessel, num_polynomial_cutoff=order
-        )
+        self.embedding = RadialEmbeddingBlock(r_max=cutoff, num_bessel=num_bessel, num_polynomial_cutoff=order)
 
     def forward(self, lengths: torch.Tensor) -> torch.Tensor:
         """Radial functions (E, n) of lengths (E,) in Å."""
@@ -321,9 +319,7 @@ def _gather(messages: torch.Tensor, receiver: torch.Tensor, n_atoms: int) -> tor
 
 def _spin_products(ranks: tuple[int, ...]) -> torch.Tensor:
     """Coefficients (3, 3, S) that couple two axial vectors to spin tensors of the given ranks, side by side."""
-    return torch.cat(
-        [o3.wigner_3j(1, 1, rank, dtype=torch.float64) * (2 * rank + 1) ** 0.5 for rank in ranks], dim=-1
-    )
+    return torch.cat([o3.wigner_3j(1, 1, rank, dtype=torch.float64) * (2 * rank + 1) ** 0.5 for rank in ranks], dim=-1)
 
 
 def _coupling_tensors(max_ell: int, spin_ranks: tuple[int, ...]) -> torch.Tensor:
@@ -338,9 +334,9 @@ def _coupling_tensors(max_ell: int, spin_ranks: tuple[int, ...]) -> torch.Tensor
                 if (ell + out) % 2:
                     continue
                 tensor = torch.zeros(size, spin_size, size, dtype=torch.float64)
-                tensor[
-                    ell**2 : (ell + 1) ** 2, spin_start : spin_start + 2 * rank + 1, out**2 : (out + 1) ** 2
-                ] = o3.wigner_3j(ell, rank, out, dtype=torch.float64) * (2 * out + 1) ** 0.5
+                tensor[ell**2 : (ell + 1) ** 2, spin_start : spin_start + 2 * rank + 1, out**2 : (out + 1) ** 2] = (
+                    o3.wigner_3j(ell, rank, out, dtype=torch.float64) * (2 * out + 1) ** 0.5
+                )
                 paths.append(tensor)
         spin_start += 2 * rank + 1
     return torch.stack(paths)

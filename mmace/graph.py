@@ -206,9 +206,7 @@ class Graph:
             **{
                 f.name: torch.cat(
                     [
-                        getattr(g, f.name) + int(shifted[f.name][k])
-                        if f.name in shifted
-                        else getattr(g, f.name)
+                        getattr(g, f.name) + int(shifted[f.name][k]) if f.name in shifted else getattr(g, f.name)
                         for k, g in enumerate(graphs)
                     ]
                 )

@@ -87,14 +87,13 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
 
 class Layer(nn.Module):
@@ -105,9 +104,7 @@ class Layer(nn.Module):
         n_elements = len(config.elements)
         k, max_ell = config.channels, config.max_ell
         self.vectors = config.magnetic and config.products
-        self.filters = RadialFilters(
-            config.num_bessel, tuple(config.radial_mlp), k, max_ell, 2 if self.vectors else 1
-        )
+        self.filters = RadialFilters(config.num_bessel, tuple(config.radial_mlp), k, max_ell, 2 if self.vectors else 1)
         self.mix_scalar = DegreewiseLinear(k, max_ell)
         self.exchange: ExchangeBasis | None = None
         self.spin_orbit: SpinOrbitBasis | None = None
@@ -133,9 +130,7 @@ class Layer(nn.Module):
         n_spins, n_atoms, k = h.shape
         if self.exchange is None:
             messages = geometry.scalar_filters[layer] * h[:, geometry.sender][..., None]
-            scalar = messages.new_zeros(n_spins, n_atoms, *messages.shape[2:]).index_add(
-                1, geometry.receiver, messages
-            )
+            scalar = messages.new_zeros(n_spins, n_atoms, *messages.shape[2:]).index_add(1, geometry.receiver, messages)
             x = self.mix_scalar(scalar)
         else:
             scalar, vector = self.exchange.messages(geometry, layer, h, features)
@@ -171,13 +166,11 @@ class MagneticMACE(nn.Module):
         elements = config.elements
         scale = torch.tensor([config.moment_scale[z] for z in elements], dtype=torch.float64)
         carriers = torch.tensor([z in config.carriers for z in elements])
-        self.register_buffer(
-            "atomic_numbers", torch.tensor([atomic_numbers[z] for z in elements]), persistent=False
-        )
+        self.register_buffer("atomic_numbers", torch.tensor([atomic_numbers[z] for z in elements]), persistent=False)
         self.moment_basis = MomentBasis(scale, carriers, config.num_chebyshev)
         self.one_body = OneBodyEnergy(len(elements), config.num_chebyshev, config.wall)
         self.radial = RadialBasis(config.cutoff, config.num_bessel, config.num_polynomial_cutoff)
-        self.repulsion = ZBLBasis() if config.pair_repulsion else None
+        self.repulsion: nn.Module | None = ZBLBasis() if config.pair_repulsion else None
         self.embedding = nn.Parameter(torch.randn(len(elements), config.channels))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         k = config.channels
@@ -320,8 +313,8 @@ def _exact_contraction(
     couplings = o3.Irreps([ir for _, ir in irreps_in])
     for contraction, (_, ir_out) in zip(module.contractions, irreps_out, strict=True):
         for order in range(1, correlation + 1):
-            exact = U_matrix_real(
-                couplings, o3.Irreps([(1, ir_out)]), order, dtype=torch.float64, use_cueq_cg=False
-            )[-1]
+            exact = U_matrix_real(couplings, o3.Irreps([(1, ir_out)]), order, dtype=torch.float64, use_cueq_cg=False)[
+                -1
+            ]
             contraction.register_buffer(f"U_matrix_{order}", exact)
     return module
