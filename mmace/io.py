@@ -1,0 +1,123 @@
+"""Model files: weights and settings in one safetensors file; nothing loaded can run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import ModelFileError
+from .model import MagneticMACE, ModelConfig
+
+FORMAT = "mmace-model-1"
+
+
+def save_model(model: MagneticMACE, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a model as safetensors, its settings in the header; the file appears only when whole.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        The potential.
+    path : path
+        Name of the file.
+    metadata : mapping str → str, optional
+        Notes to keep with the weights, such as the data they were trained on.
+    """
+    target = Path(path)
+    header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(model.config.to_dict())}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+) -> MagneticMACE:
+    """Read a model that `save_model` wrote.
+
+    Parameters
+    ----------
+    path : path
+        Name of the file.
+    device : torch.device or str
+        Where to put the weights.
+    dtype : torch.dtype
+        float64 or float32.
+
+    Raises
+    ------
+    ModelFileError
+        The file is missing, damaged, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ModelFileError(f"there is no model file {path}: give an existing .safetensors file.") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} cannot be read as safetensors ({error}): it is damaged, get it again.") from None
+    if metadata.get("format") != FORMAT:
+        raise ModelFileError(f"{path} is not an mMACE model: use a file that `mmace train` wrote.")
+    try:
+        model = MagneticMACE(ModelConfig.from_dict(json.loads(metadata["config"])))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelFileError(f"{path} does not hold a whole model ({reason}): it is damaged, get it again.") from None
+    model.requires_grad_(False)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def model_files(model: str | os.PathLike[str]) -> list[Path]:
+    """Files of a model or committee, one for each member.
+
+    Parameters
+    ----------
+    model : str or path
+        A shipped name such as "default", a .safetensors file, or a .json file {"members": [file names]}.
+
+    Raises
+    ------
+    ModelFileError
+        No such model, or a list of members that cannot be read.
+    """
+    path = Path(model)
+    if path.suffix == ".safetensors":
+        return [path]
+    if path.suffix != ".json":
+        path = Path(str(resources.files("mmace.weights") / f"{model}.json"))
+        if not path.exists():
+            shipped = sorted(p.stem for p in path.parent.glob("*.json"))
+            raise ModelFileError(
+                f"there is no model {model}: give a .safetensors or .json file, or one of {', '.join(shipped)}."
+            )
+    try:
+        members = json.loads(path.read_text())["members"]
+    except FileNotFoundError:
+        raise ModelFileError(f"there is no model file {path}: give an existing file.") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise ModelFileError(f'{path} does not list a committee: it needs {{"members": [file names]}}.') from None
+    if not isinstance(members, list) or not members:
+        raise ModelFileError(f"{path} lists no members: a committee needs at least one file.")
+    return [path.parent / member for member in members]
+
+
+def file_hash(paths: list[Path]) -> str:
+    """SHA-256 over the bytes of model files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
