@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ase.data import atomic_numbers
@@ -232,7 +232,7 @@ class MagneticMACE(nn.Module):
         pairs, pair_of_edge = torch.unique(graph.receiver * n_atoms + graph.sender, return_inverse=True)
         turns = None if wave_vectors is None else 2 * torch.pi * graph.unit_shifts @ wave_vectors.T
         scalar_filters, vector_filters = [], []
-        for layer in self.layers:
+        for layer in (cast(Layer, module) for module in self.layers):
             filters = layer.filters(radial, harmonics) / self.config.avg_num_neighbors
             scalar_filters.append(_sum_images(filters[:, 0], pair_of_edge, len(pairs)))
             if layer.vectors:

@@ -1,0 +1,209 @@
+"""Relaxation of atomic moments at fixed positions: second order, all structures of a batch together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .errors import ConvergenceError
+from .graph import Graph
+
+MODES = ("fixed", "magnitudes", "full")
+TRUST_START = 0.3  # µB
+TRUST_MAX = 1.0  # µB
+FLAT = 1e-9  # eV/µB²; softer modes are treated as this stiff, so that noise along them is not amplified
+
+
+class SpinPotential(Protocol):
+    """What relaxation needs of a potential."""
+
+    def geometry(self, graph: Graph) -> Any:
+        """All that moments do not change."""
+
+    def spin_energies(self, geometry: Any, moments: torch.Tensor) -> torch.Tensor:
+        """Site energies (B, N) in eV of moments (B, N, 3) in µB."""
+
+
+@dataclass(frozen=True)
+class RelaxedMoments:
+    """Moments at a stationary point of the energy.
+
+    Attributes
+    ----------
+    moments : Tensor (N, 3)
+        µB.
+    residual : Tensor (G,)
+        Largest projected magnetic force, eV/µB.
+    lowest_curvature : Tensor (G,)
+        Smallest eigenvalue of the Hessian in the relaxed components, eV/µB²; negative at a saddle point that
+        symmetry keeps the start on.
+    condition : Tensor (G,)
+        Ratio of the largest to the smallest curvature that is not zero, absolute values.
+    steps : int
+        Newton steps taken.
+    """
+
+    moments: torch.Tensor
+    residual: torch.Tensor
+    lowest_curvature: torch.Tensor
+    condition: torch.Tensor
+    steps: int
+
+
+def relax_moments(
+    model: SpinPotential, graph: Graph, mode: str, tolerance: float = 1e-6, max_steps: int = 200
+) -> RelaxedMoments:
+    """Minimise the energy over the moments, starting from the graph's own.
+
+    Parameters
+    ----------
+    model : MagneticMACE or another SpinPotential
+        The potential.
+    graph : Graph
+        Structures with the moments to start from.
+    mode : str
+        "fixed": nothing changes; "magnitudes": each moment keeps the axis it has, zero moments stay zero and a moment
+        may pass through zero; "full": all components.
+    tolerance : float
+        Largest allowed component of the projected magnetic force, eV/µB; float32 models stop at 1e-3 at best.
+    max_steps : int
+        Newton steps.
+
+    Returns
+    -------
+    RelaxedMoments
+
+    Raises
+    ------
+    ConvergenceError
+        The tolerance was not reached; the message holds the residual.
+    """
+    if mode not in MODES:
+        raise ValueError(f"there is no moment mode {mode}: choose among {', '.join(MODES)}.")
+    start = graph.moments.detach()
+    with torch.no_grad():
+        geometry = model.geometry(graph)
+    if mode == "magnitudes":
+        lengths = start.norm(dim=1, keepdim=True)
+        axes = torch.where(lengths > 0, start / lengths.clamp_min(torch.finfo(start.dtype).tiny), start)
+        x, to_moments = lengths, lambda x: x * axes
+    else:
+        x, to_moments = start, lambda x: x
+
+    def energies(x: torch.Tensor) -> torch.Tensor:
+        sites = model.spin_energies(geometry, to_moments(x)[None])[0]
+        return sites.new_zeros(graph.n_graphs).index_add(0, graph.batch, sites)
+
+    problem = _BatchedProblem(energies, graph)
+    if mode == "fixed":
+        gradient, matrix = problem.expand(x)
+        return RelaxedMoments(start, gradient.abs().amax((1,)), *_curvatures(matrix), steps=0)
+    return problem.minimise(x, to_moments, tolerance, max_steps)
+
+
+class _BatchedProblem:
+    """Independent minimisations, one for each structure, as padded dense blocks (G, n)."""
+
+    def __init__(self, energies: Callable[[torch.Tensor], torch.Tensor], graph: Graph) -> None:
+        self.energies = energies
+        self.batch = graph.batch
+        self.n_graphs = graph.n_graphs
+        counts = graph.counts
+        first = torch.cumsum(counts, 0) - counts
+        self.slot = torch.arange(len(graph.batch), device=graph.batch.device) - first[graph.batch]
+        self.width = int(counts.max())
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, d) → (G, width, d), zero where a structure has fewer atoms."""
+        return x.new_zeros(self.n_graphs, self.width, x.shape[1]).index_put((self.batch, self.slot), x)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        return packed[self.batch, self.slot]
+
+    def expand(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient (G, n) and Hessian (G, n, n), in float64.
+
+        Structures do not interact, so one backward pass gives the same column of every block.
+        """
+        leaf = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            energy = self.energies(leaf).sum()
+            slope = torch.autograd.grad(energy, leaf, create_graph=True)[0]
+            packed = self.pack(slope)
+        columns = []
+        for slot in range(self.width):
+            for d in range(x.shape[1]):
+                seed = torch.zeros_like(packed)
+                seed[:, slot, d] = 1.0
+                column = torch.autograd.grad(packed, leaf, seed, retain_graph=True)[0]
+                columns.append(self.pack(column).flatten(1))
+        return packed.detach().flatten(1).double(), torch.stack(columns, dim=2).double()
+
+    def minimise(
+        self,
+        x: torch.Tensor,
+        to_moments: Callable[[torch.Tensor], torch.Tensor],
+        tolerance: float,
+        max_steps: int,
+    ) -> RelaxedMoments:
+        """Newton's method on |eigenvalues| inside a trust radius for each structure."""
+        radius = torch.full((self.n_graphs,), TRUST_START, dtype=torch.float64, device=x.device)
+        energy = self._energy(x)
+        gradient, matrix = self.expand(x)
+        steps = 0
+        while bool((gradient.abs().amax(1) > tolerance).any()) and steps < max_steps:
+            active = gradient.abs().amax(1) > tolerance
+            step = _newton_step(gradient, matrix, radius) * active[:, None]
+            predicted = (gradient * step).sum(1) + 0.5 * torch.einsum("gi,gij,gj->g", step, matrix, step)
+            trial = x + self.unpack(step.view(self.n_graphs, self.width, -1)).to(x.dtype)
+            trial_energy = self._energy(trial)
+            trial_gradient, trial_matrix = self.expand(trial)
+            noise = 1e-13 * energy.abs() + 1e-12
+            change = trial_energy - energy
+            ratio = change / predicted.clamp_max(-1e-300)
+            shrinks = trial_gradient.abs().amax(1) < gradient.abs().amax(1)
+            accepted = active & ((ratio > 0.05) | ((change.abs() <= noise) & shrinks))
+            length = step.abs().amax(1)
+            radius = torch.where(accepted & (ratio > 0.7), (2.0 * length).clamp_min(radius), radius)
+            radius = torch.where(active & (~accepted | (ratio < 0.25)), 0.3 * length, radius).clamp_max(TRUST_MAX)
+            x = torch.where(accepted[self.batch][:, None], trial, x)
+            energy = torch.where(accepted, trial_energy, energy)
+            gradient = torch.where(accepted[:, None], trial_gradient, gradient)
+            matrix = torch.where(accepted[:, None, None], trial_matrix, matrix)
+            steps += 1
+        residual = gradient.abs().amax(1)
+        if bool((residual > tolerance).any()):
+            worst = int(residual.argmax())
+            raise ConvergenceError(
+                f"the moments of structure {worst} did not converge in {steps} steps: the magnetic force is "
+                f"{residual[worst].item():.2e} eV/µB, asked were {tolerance:.1e}; start nearer to a stable state "
+                "or raise the tolerance."
+            )
+        return RelaxedMoments(to_moments(x).detach(), residual, *_curvatures(matrix), steps=steps)
+
+    def _energy(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.energies(x)
+
+
+def _newton_step(gradient: torch.Tensor, matrix: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Downhill step (G, n): -Σ_v v (v·g)/|λ_v|, shortened to the trust radius."""
+    eigenvalues, modes = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(1, 2)))
+    along = torch.einsum("giv,gi->gv", modes, gradient)
+    along = along / eigenvalues.abs().clamp_min(FLAT)
+    along = torch.clamp(along, -radius[:, None], radius[:, None])
+    step = -torch.einsum("giv,gv->gi", modes, along)
+    length = step.abs().amax(1)
+    return step * (radius / length.clamp_min(1e-300)).clamp_max(1.0)[:, None]
+
+
+def _curvatures(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest eigenvalue and condition number of each block, leaving out zero modes and padding."""
+    eigenvalues = torch.linalg.eigvalsh(0.5 * (matrix + matrix.transpose(1, 2)))
+    size = eigenvalues.abs()
+    largest = size.amax(1)
+    small = torch.where(size > 1e-9 * largest[:, None], size, torch.inf).amin(1)
+    return eigenvalues[:, 0], largest / small
