@@ -1,0 +1,230 @@
+"""Constrained-moment total energies with ABINIT (PAW, PBE): input, programs and data sets, output.
+
+The constraint is ABINIT's Lagrange-multiplier one (`constraint_kind`): the integral of the magnetisation over a
+sphere around each carrier is held at its target, and the multiplier is dE/dm. X. Gonze et al., J. Chem. Theory
+Comput. 18, 6099 (2022).
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import atomic_numbers
+from ase.geometry import cell_to_cellpar
+from ase.units import Bohr, Hartree
+
+from ..errors import LabelError, MissingProgramError
+from .files import write_text
+from .plan import Job
+
+PAW_VARIABLE = "MMACE_PAW"
+OUTPUT = "job.abo"
+
+
+def find_program(command: str = "abinit") -> str:
+    """Path of the ABINIT program.
+
+    Raises
+    ------
+    MissingProgramError
+        It is not there.
+    """
+    path = shutil.which(command)
+    if path is None:
+        raise MissingProgramError(
+            f"the program {command!r} is not installed: get ABINIT 9 (`apt-get install abinit` or "
+            "`conda install -c conda-forge abinit`), or name it with --abinit"
+        )
+    return path
+
+
+def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: str | Path) -> Path:
+    """Folder with the GPAW PBE data sets of some elements as `El.GPAW.PBE.xml`.
+
+    They are looked for in `folder`, in the folder that the variable MMACE_PAW names, and in an installed
+    `gpaw_data` package; compressed sets are unpacked.
+
+    Parameters
+    ----------
+    elements : sequence of str
+    folder : path, optional
+    unpacked : path
+        Folder for the unpacked sets.
+
+    Returns
+    -------
+    Path
+        `unpacked`, with one file for each element.
+
+    Raises
+    ------
+    MissingProgramError
+        Names the first element whose data set is missing.
+    """
+    unpacked = Path(unpacked)
+    places = [Path(place) for place in (folder, os.environ.get(PAW_VARIABLE)) if place]
+    package = importlib.util.find_spec("gpaw_data")
+    if package is not None:
+        places += [Path(place) / "setups" for place in package.submodule_search_locations or ()]
+    for element in sorted(set(elements)):
+        target = unpacked / f"{element}.GPAW.PBE.xml"
+        if target.is_file():
+            continue
+        names = (f"{element}.GPAW.PBE.xml", f"{element}.PBE", f"{element}.PBE.gz")
+        found = next((place / name for place in places for name in names if (place / name).is_file()), None)
+        if found is None:
+            raise MissingProgramError(
+                f"no PAW data set for {element}: `pip install gpaw-data`, or name a folder that holds "
+                f"{element}.PBE.gz or {element}.GPAW.PBE.xml with --paw or the variable {PAW_VARIABLE}"
+            )
+        write_text(target, gzip.decompress(found.read_bytes()).decode() if found.suffix == ".gz" else found.read_text())
+    return unpacked
+
+
+def kpoint_mesh(cell: np.ndarray, spacing: float) -> tuple[int, int, int]:
+    """Smallest mesh with neighbours no further apart than `spacing` (1/Å, with 2π) along each reciprocal vector.
+
+    Parameters
+    ----------
+    cell : array, shape=(3, 3)
+        Å.
+    spacing : float
+        1/Å.
+
+    Returns
+    -------
+    tuple of int, shape=(3,)
+        Reciprocal vectors of equal length get equal numbers, so that the mesh keeps the lattice's symmetry.
+    """
+    lengths = cell_to_cellpar(2 * np.pi * np.linalg.inv(cell).T)[:3]
+    n1, n2, n3 = (max(1, int(np.ceil(length / spacing - 1e-6))) for length in lengths)
+    return n1, n2, n3
+
+
+def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], datasets: str | Path) -> str:
+    """ABINIT input of a job.
+
+    Parameters
+    ----------
+    job : Job
+    settings : dict
+        `noncollinear` (bool), `ecut`, `pawecutdg`, `ecutsm`, `tsmear` (Hartree), `occopt`, `k_spacing` (1/Å),
+        `tolvrs`, `nstep`, `magcon_lambda`, `ratsph` (Bohr, one for each element), `ratsm` (Bohr); optional `kmesh`.
+    carriers : sequence of str
+        Elements under the constraint.
+    datasets : path
+        Folder with `El.GPAW.PBE.xml`.
+
+    Returns
+    -------
+    str
+    """
+    elements = sorted(set(job.symbols), key=job.symbols.index)
+    moments = np.array(job.moments)
+    noncollinear = bool(settings["noncollinear"])
+    if not noncollinear and np.any(moments[:, :2]):
+        raise LabelError(f"job {job.name!r}: moments off the z axis need a non-collinear recipe")
+    constrained = [element in carriers for element in elements]
+    spin = "nspinor 2 nspden 4 nsppol 1 kptopt 3 pawspnorb 0" if noncollinear else "nsppol 2 nspden 2"
+    if not any(constrained):
+        spin = "nsppol 1 nspden 1"
+    mesh = settings.get("kmesh") or kpoint_mesh(np.array(job.cell), settings["k_spacing"])
+
+    def block(rows: Any) -> str:
+        return "\n  ".join(" ".join(f"{x:.10f}" for x in row) for row in rows)
+
+    lines = [
+        f'pp_dirpath "{datasets}"',
+        'pseudos "' + ", ".join(f"{element}.GPAW.PBE.xml" for element in elements) + '"',
+        f"natom {len(job.symbols)} ntypat {len(elements)}",
+        "znucl " + " ".join(str(atomic_numbers[element]) for element in elements),
+        "typat " + " ".join(str(1 + elements.index(symbol)) for symbol in job.symbols),
+        "acell 3*1.0 angstrom",
+        "rprim\n  " + block(job.cell),
+        "xred\n  " + block(job.scaled_positions),
+        "chkprim 0",
+        spin,
+    ]
+    if any(constrained):
+        lines += [
+            "spinat\n  " + block(moments),
+            "constraint_kind " + " ".join("1" if held else "0" for held in constrained),
+            f"magcon_lambda {settings['magcon_lambda']} ratsm {settings['ratsm']}",
+            "ratsph " + " ".join(str(settings["ratsph"][element]) for element in elements),
+        ]
+    lines += [
+        f"ecut {settings['ecut']} pawecutdg {settings['pawecutdg']} ecutsm {settings['ecutsm']}",
+        f"occopt {settings['occopt']} tsmear {settings['tsmear']}",
+        "ngkpt {} {} {} nshiftk 1 shiftk 0 0 0".format(*mesh),
+        f"iscf 7 tolvrs {settings['tolvrs']} nstep {settings['nstep']}",
+        "prtwf 0 prtden 0 prteig 0 prtebands 0 prtgsr 0",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parse_output(text: str, n: int) -> dict[str, Any]:
+    """What a finished ABINIT output says.
+
+    Parameters
+    ----------
+    text : str
+    n : int
+        Number of atoms.
+
+    Returns
+    -------
+    dict
+        `converged` (bool), `scf_steps` (int), `code` (str), `energy` (free energy, eV), `forces` (n, 3) eV/Å,
+        `stress` (6,) eV/Å³ in ASE's sign and order, and under a constraint `moments` (n, 3) µB reached in the
+        spheres and `magnetic_forces` (n, 3) eV/µB.
+
+    Raises
+    ------
+    LabelError
+        A quantity is not in the output.
+    """
+    version = re.search(r"\.Version\s+(\S+)\s+of ABINIT", text)
+    tail = text[text.rfind("-outvars: echo values of variables after computation") :]
+    energy = re.search(r"^\s+etotal\s+(\S+)", tail, re.M)
+    if energy is None or "== END DATASET(S) ==" not in text:
+        raise LabelError("the ABINIT output ends before its results; look at the job's log")
+    result: dict[str, Any] = {
+        "code": "abinit-" + (version[1] if version else "unknown"),
+        "converged": "=>converged" in text,
+        "scf_steps": len(re.findall(r"^ ETOT", text, re.M)),
+        "energy": float(energy[1]) * Hartree,
+        "forces": (_table(tail, "fcart", n, 3) * (Hartree / Bohr)).tolist(),
+    }
+    stress = _table(tail, "strten", 1, 6)[0] * (Hartree / Bohr**3)
+    result["stress"] = stress.tolist()
+    spheres = re.findall(
+        r"Integrated electronic and magnetization densities in atomic spheres:\n(.*?)\n\s*-+\n\s*Sum:", text, re.S
+    )
+    if spheres and re.search(r"^\s+grspin\s", tail, re.M):
+        rows = [line.split() for line in spheres[-1].splitlines() if re.match(r"\s+\d+\s+\d\.\d+\s", line)]
+        header = next(line for line in spheres[-1].splitlines() if line.strip().startswith("Atom"))
+        moments = np.zeros((n, 3))
+        if "mx" in header:
+            moments[:] = [[float(x) for x in row[3:6]] for row in rows]
+        else:
+            moments[:, 2] = [float(row[5]) for row in rows]
+        result["moments"] = moments.tolist()
+        result["magnetic_forces"] = (-_table(tail, "grspin", n, 3) * Hartree).tolist()
+    return result
+
+
+def _table(text: str, key: str, rows: int, columns: int) -> np.ndarray:
+    """Numbers that follow a variable's name in ABINIT's echo."""
+    match = re.search(rf"^\s+{key}\s+((?:[-+]?\d\.\d+E[-+]\d+\s+)+)", text, re.M)
+    numbers = match[1].split() if match else []
+    if len(numbers) != rows * columns:
+        raise LabelError(f"the ABINIT output has {len(numbers)} numbers for {key}, not {rows * columns}")
+    return np.array(numbers, dtype=float).reshape(rows, columns)

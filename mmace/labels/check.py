@@ -1,0 +1,141 @@
+"""Checks of a recipe: labels made again, and analytic derivatives against differences of energies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.units import GPa
+
+from ..errors import LabelError
+from .gate import judge
+from .plan import Job, Plan, make_job
+from .run import read_result
+
+STEPS = {"force": 0.01, "stress": 0.005, "magnetic": 0.05}
+
+
+def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[str]) -> Plan:
+    """Plan that labels frames of a file again, at the moments they reached, with a plan's recipe."""
+    frames = {atoms.info["name"]: atoms for atoms in references}
+    missing = [name for name in names if name not in frames]
+    if missing:
+        raise LabelError(f"the reference labels hold no frame named {missing[0]!r}")
+    jobs = [
+        make_job(name, atoms.info["parent"], "train", atoms, atoms.arrays["initial_magmoms"])
+        for name, atoms in ((name, frames[name]) for name in names)
+    ]
+    return Plan(f"{plan.name}-reproduction", plan.recipe, tuple(jobs))
+
+
+def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atoms]) -> list[tuple[str, ...]]:
+    """Largest differences between reproduced and reference labels.
+
+    Returns
+    -------
+    list of tuple of str
+        Name, energy (meV/atom), forces (meV/Å), stress (GPa), magnetic forces (meV/µB).
+    """
+    frames = {atoms.info["name"]: atoms for atoms in references}
+    rows = []
+    for job in plan.jobs:
+        result = _good_result(plan, job, work)
+        atoms = frames[job.name]
+        gradients = np.array(result["magnetic_forces"]) - atoms.arrays["magnetic_forces"]
+        rows.append(
+            (
+                job.name,
+                f"{1e3 * (result['energy'] - atoms.get_potential_energy()) / len(atoms):.4f}",
+                f"{1e3 * np.abs(result['forces'] - atoms.get_forces()).max():.3f}",
+                f"{np.abs(result['stress'] - atoms.get_stress()).max() / GPa:.4f}",
+                f"{1e3 * np.nanmax(np.abs(gradients)):.3f}",
+            )
+        )
+    return rows
+
+
+def difference_plan(plan: Plan, name: str) -> Plan:
+    """Plan of the displaced, strained and turned copies that central differences around one job need.
+
+    Along: z of the last atom's position, zz strain, the length of the first carrier's moment, and (where the moments
+    are non-collinear) its angle in the plane it spans with the next carrier's moment.
+
+    Parameters
+    ----------
+    plan : Plan
+    name : str
+        Job of the plan.
+    """
+    job = next((job for job in plan.jobs if job.name == name), None)
+    if job is None:
+        raise LabelError(f"the plan {plan.name!r} has no job {name!r}")
+    jobs = [replace(job, name="base")]
+    mesh = {"kmesh": list(plan.settings(job)["kmesh"])} if "kmesh" in plan.settings(job) else {}
+    for sign, tag in ((-1, "minus"), (1, "plus")):
+        moved, strained = job.atoms(), job.atoms()
+        moved.positions[-1, 2] += sign * STEPS["force"]
+        strained.set_cell(strained.cell.array @ np.diag([1, 1, 1 + sign * STEPS["stress"]]), scale_atoms=True)
+        moments = np.array(job.moments)
+        jobs.append(make_job(f"force-{tag}", job.parent, job.split, moved, moments, **mesh))
+        jobs.append(make_job(f"stress-{tag}", job.parent, job.split, strained, moments, **mesh))
+        for kind, direction in _moment_directions(job):
+            turned = moments.copy()
+            turned[_first_carrier(job)] += sign * STEPS["magnetic"] * direction
+            jobs.append(make_job(f"{kind}-{tag}", job.parent, job.split, job.atoms(), turned, **mesh))
+    return Plan(f"{plan.name}-differences-{name}", plan.recipe, tuple(jobs))
+
+
+def compare_differences(plan: Plan, work: str | Path) -> list[tuple[str, ...]]:
+    """Label against central difference of energies, for every derivative of a `difference_plan`.
+
+    Returns
+    -------
+    list of tuple of str
+        Derivative, label, difference, unit.
+    """
+    jobs = {job.name: job for job in plan.jobs}
+    base = jobs["base"]
+    result = _good_result(plan, base, work)
+
+    def slope(kind: str, step: float) -> float:
+        plus, minus = (_good_result(plan, jobs[f"{kind}-{tag}"], work)["energy"] for tag in ("plus", "minus"))
+        return (plus - minus) / (2 * step)
+
+    volume = base.atoms().get_volume()
+    rows = [
+        ("force z", result["forces"][-1][2], -slope("force", STEPS["force"]), "eV/Å"),
+        ("stress zz", result["stress"][2], slope("stress", STEPS["stress"]) / volume, "eV/Å³"),
+    ]
+    for kind, direction in _moment_directions(base):
+        label = float(np.dot(result["magnetic_forces"][_first_carrier(base)], direction))
+        rows.append((f"magnetic force, {kind}", label, -slope(kind, STEPS["magnetic"]), "eV/µB"))
+    return [(what, f"{label:.5f}", f"{difference:.5f}", unit) for what, label, difference, unit in rows]
+
+
+def _first_carrier(job: Job) -> int:
+    return int(np.argmax(np.linalg.norm(job.moments, axis=1) > 0))
+
+
+def _moment_directions(job: Job) -> list[tuple[str, np.ndarray]]:
+    """Unit vectors along the first carrier's moment, and across it towards the most different moment."""
+    moments = np.array(job.moments)
+    axis = moments[_first_carrier(job)] / np.linalg.norm(moments[_first_carrier(job)])
+    across = moments - np.outer(moments @ axis, axis)
+    largest = across[np.argmax(np.linalg.norm(across, axis=1))]
+    directions = [("parallel", axis)]
+    if np.linalg.norm(largest) > 1e-6:
+        directions.append(("transverse", largest / np.linalg.norm(largest)))
+    return directions
+
+
+def _good_result(plan: Plan, job: Job, work: str | Path) -> dict:
+    result = read_result(plan, job, work)
+    if result is None:
+        raise LabelError(f"job {job.name!r} of {plan.name!r} has no result; run it again")
+    reason = judge(job, result, plan.recipe.carriers)
+    if reason is not None:
+        raise LabelError(f"job {job.name!r} of {plan.name!r} was rejected by the quality gate ({reason})")
+    return result

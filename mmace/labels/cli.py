@@ -1,0 +1,156 @@
+"""`mmace label`: plan, run, collect and check DFT labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import LabelError
+from . import check, systems
+from .files import check_checksums, read_labels, write_checksums, write_labels, write_text
+from .gate import collect
+from .plan import read_plan, write_plan
+from .run import GPAW_VARIABLE, find_programs, run_plan
+
+WORK = "labels-work"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register `mmace label` and its actions."""
+    parser = subparsers.add_parser("label", help="make DFT labels: plan, run, collect, check")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    plan = actions.add_parser("plan", help="write a shipped sampling plan as JSON")
+    plan.add_argument("plan", choices=sorted(systems.PLANS), help="which plan")
+    plan.add_argument("-o", "--output", required=True, help="file to write")
+    plan.set_defaults(run=_plan)
+
+    run = actions.add_parser("run", help="run the jobs of a plan that have no result yet; stop and start at any time")
+    _add_run_options(run)
+    run.add_argument("--only", nargs="+", metavar="JOB", help="names of the jobs to run")
+    run.add_argument("--retry", action="store_true", help="run failed jobs again")
+    run.set_defaults(run=_run)
+
+    gather = actions.add_parser("collect", help="write the finished jobs that pass the quality gate as labels")
+    gather.add_argument("plan", help="plan file")
+    gather.add_argument("--work", default=WORK, help="folder of the runs (default %(default)s)")
+    gather.add_argument("-o", "--output", required=True, help="extended XYZ file; SHA256SUMS beside it is renewed")
+    gather.add_argument("--report", help="JSON file for the counts of what was rejected and why")
+    gather.set_defaults(run=_collect)
+
+    verify = actions.add_parser("check", help="check label files against the contract and their checksums")
+    verify.add_argument("folder", help="folder with *.extxyz and SHA256SUMS")
+    verify.set_defaults(run=_check)
+
+    again = actions.add_parser("reproduce", help="label frames of a file again and compare")
+    again.add_argument("labels", help="extended XYZ file with reference labels")
+    again.add_argument("--names", nargs="+", required=True, help="names of the frames")
+    _add_run_options(again)
+    again.set_defaults(run=_reproduce)
+
+    slope = actions.add_parser(
+        "differences", help="compare forces, stress and magnetic forces of one job with central differences of energies"
+    )
+    _add_run_options(slope)
+    slope.add_argument("--job", required=True, help="name of a job of the plan")
+    slope.set_defaults(run=_differences)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", help="plan file (its recipe is used)")
+    parser.add_argument("--work", default=WORK, help="folder for the runs (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once, one core each (default %(default)s)")
+    parser.add_argument("--abinit", default="abinit", help="ABINIT program (default %(default)s)")
+    parser.add_argument("--paw", help="folder with PAW data sets (default: $MMACE_PAW, then the gpaw_data package)")
+    parser.add_argument("--gpaw-python", help=f"Python that has GPAW (default: ${GPAW_VARIABLE}, then this one)")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which a job is given up")
+    parser.add_argument("--nice", type=int, default=10, help="lower the priority by this much (default %(default)s)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = systems.PLANS[args.plan]()
+    write_plan(args.output, plan)
+    splits = Counter(job.split for job in plan.jobs)
+    print(f"{args.output}: {len(plan.jobs)} jobs ({', '.join(f'{n} {split}' for split, n in sorted(splits.items()))})")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    plan = read_plan(args.plan)
+    names = {job.name for job in plan.jobs}
+    for name in args.only or ():
+        if name not in names:
+            raise LabelError(f"the plan {args.plan!r} has no job {name!r}")
+    programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
+    os.nice(args.nice)
+    counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only)
+    print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> int:
+    plan = read_plan(args.plan)
+    frames, report = collect(plan, args.work)
+    if not frames:
+        raise LabelError(f"no finished label of {plan.name!r} under {args.work!r}; run the plan first")
+    write_labels(args.output, frames)
+    write_checksums(Path(args.output).parent)
+    rejected = dict(sorted(report.rejected.items()))
+    if args.report:
+        summary = {
+            "plan": plan.name,
+            "accepted": report.accepted,
+            "unfinished": report.unfinished,
+            "rejected": rejected,
+        }
+        write_text(args.report, json.dumps(summary, indent=1) + "\n")
+    print(f"{args.output}: {report.accepted} labels; {report.unfinished} jobs not finished")
+    for reason, names in rejected.items():
+        print(f"rejected, {reason}: {len(names)} ({', '.join(names)})")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    for name in check_checksums(args.folder):
+        frames = read_labels(Path(args.folder) / name)
+        print(f"{name}: {len(frames)} labels, {len({atoms.info['parent'] for atoms in frames})} parents")
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    plan = check.reproduction_plan(read_plan(args.plan), read_labels(args.labels), args.names)
+    programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
+    os.nice(args.nice)
+    run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
+    rows = check.compare_reproduction(plan, args.work, read_labels(args.labels))
+    _print_table(["frame", "ΔE meV/atom", "max ΔF meV/Å", "max Δσ GPa", "max ΔF_m meV/µB"], rows)
+    return 0
+
+
+def _differences(args: argparse.Namespace) -> int:
+    base = read_plan(args.plan)
+    plan = check.difference_plan(base, args.job)
+    programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
+    os.nice(args.nice)
+    run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
+    _print_table(["derivative", "label", "difference", "unit"], check.compare_differences(plan, args.work))
+    return 0
+
+
+def _workers(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise LabelError(f"--workers is {args.workers}; it must be 1 or more")
+    return int(args.workers)
+
+
+def _print_table(columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

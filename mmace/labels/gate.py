@@ -1,0 +1,209 @@
+"""Quality gate: which results become labels, and why the others do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.neighborlist import neighbor_list
+
+from ..errors import LabelError
+from .plan import Job, Plan
+from .run import read_result
+
+MOMENT_TOLERANCE = 2e-3
+DUPLICATE_TOLERANCE = 1e-5
+DUPLICATE_ENERGY = 1e-4
+_RANGE = 5.0
+
+
+@dataclass
+class Report:
+    """What the gate let through and what it did not.
+
+    Attributes
+    ----------
+    accepted, unfinished : int
+        Frames written, jobs without a result yet.
+    rejected : dict reason → names of jobs
+    """
+
+    accepted: int = 0
+    unfinished: int = 0
+    rejected: dict[str, list[str]] = field(default_factory=dict)
+
+    def counts(self) -> Counter[str]:
+        """Number of rejected jobs by reason."""
+        return Counter({reason: len(names) for reason, names in self.rejected.items()})
+
+
+def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | None:
+    """Reason to reject a result, or None.
+
+    Parameters
+    ----------
+    job : Job
+    result : dict
+        As `run.read_result` gives it.
+    carriers : sequence of str
+
+    Returns
+    -------
+    str or None
+        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), or None.
+    """
+    if "failed" in result:
+        return "failed"
+    if not result["converged"]:
+        return "scf"
+    held = np.isin(job.symbols, carriers)
+    if "soc_energies" not in result and held.any():
+        reached = np.array(result["moments"])[held]
+        if np.abs(reached - np.array(job.moments)[held]).max() > MOMENT_TOLERANCE:
+            return "moment"
+    return None
+
+
+def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
+    """Labels of all finished jobs of a plan that pass the gate.
+
+    Parameters
+    ----------
+    plan : Plan
+    work : path
+        Where the plan was run.
+
+    Returns
+    -------
+    frames : list of Atoms
+        In the label contract, in the order of the plan.
+    report : Report
+    """
+    frames: list[Atoms] = []
+    report = Report()
+    known: list[tuple[np.ndarray, float]] = []
+    for job in plan.jobs:
+        result = read_result(plan, job, work)
+        if result is None:
+            report.unfinished += 1
+            continue
+        reason = judge(job, result, plan.recipe.carriers)
+        if reason is None:
+            labels = job_frames(plan, job, result)
+            print_of = fingerprint(labels[0])
+            energy = result["energy"] / len(labels[0])
+            if any(_same(print_of, energy, *other) for other in known):
+                reason = "duplicate"
+            else:
+                known.append((print_of, energy))
+                frames += labels
+        if reason is not None:
+            report.rejected.setdefault(reason, []).append(job.name)
+    report.accepted = len(frames)
+    return frames, report
+
+
+def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
+    """Frames of one accepted result: one, or one for each direction of an anisotropy job."""
+    info = {"parent": job.parent, "code": result["code"], "recipe": plan.recipe.name}
+    held = np.isin(job.symbols, plan.recipe.carriers)
+    if plan.recipe.engine == "abinit":
+        settings = plan.settings(job)
+        atoms = job.atoms()
+        moments = np.zeros((len(atoms), 3))
+        gradients = np.full((len(atoms), 3), np.nan)
+        if held.any():
+            moments[held] = np.array(result["moments"])[held]
+            gradients[held] = np.array(result["magnetic_forces"])[held]
+        if settings["noncollinear"]:
+            _keep_parallel(atoms, moments, gradients)
+        results = {"energy": result["energy"], "forces": np.array(result["forces"])}
+        if settings.get("stress", True):
+            results["stress"] = np.array(result["stress"])
+        return [_frame(atoms, moments, gradients, results, info | {"name": job.name, "soc": 0})]
+    frames = []
+    directions = np.array(plan.settings(job)["directions"], dtype=float)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    for k, (direction, energy) in enumerate(zip(directions, result["soc_energies"], strict=True)):
+        moments = np.outer(np.where(held, result["moments"], 0.0), direction)
+        extra = {"name": f"{job.name}-d{k}", "soc": 1, "anisotropy_group": job.name}
+        frames.append(_frame(job.atoms(), moments, None, {"energy": energy}, info | extra))
+    return frames
+
+
+def fingerprint(atoms: Atoms) -> np.ndarray:
+    """Smooth invariants of a structure with its moments, per atom; equal for equivalent descriptions of one state.
+
+    Sums over pairs of elements within 5 Å of powers of the distance, with and without m_i·m_j, and of |m|².
+
+    Parameters
+    ----------
+    atoms : Atoms
+        `initial_magmoms` (N, 3), µB.
+
+    Returns
+    -------
+    array, shape=(F,)
+        Unitless (Å and µB left out); F depends on the elements.
+    """
+    moments = atoms.arrays["initial_magmoms"]
+    first, second, distance = neighbor_list("ijd", atoms, _RANGE)
+    products = np.einsum("ec,ec->e", moments[first], moments[second])
+    window = (1 - (distance / _RANGE) ** 2) ** 3
+    numbers = atoms.numbers
+    values: list[float] = []
+    elements = np.unique(numbers)
+    for i, z in enumerate(elements):
+        values += [float(z), float(np.sum(numbers == z)), float(np.sum(moments[numbers == z] ** 2))]
+        for other in elements[i:]:
+            pair = ((numbers[first] == z) & (numbers[second] == other)) | (
+                (numbers[first] == other) & (numbers[second] == z)
+            )
+            for power in range(4):
+                weight = window[pair] * (2.5 / distance[pair]) ** power
+                values += [float(weight.sum()), float((weight * products[pair]).sum())]
+    return np.array(values) / len(atoms)
+
+
+def _same(a: np.ndarray, energy_a: float, b: np.ndarray, energy_b: float) -> bool:
+    return (
+        a.shape == b.shape
+        and abs(energy_a - energy_b) < DUPLICATE_ENERGY
+        and bool(np.allclose(a, b, rtol=DUPLICATE_TOLERANCE, atol=2 * MOMENT_TOLERANCE))
+    )
+
+
+def _keep_parallel(atoms: Atoms, moments: np.ndarray, gradients: np.ndarray) -> None:
+    """Store −dE/d|m| by atom, and blank the Cartesian components that the transverse gradients enter.
+
+    Their accuracy is not that of the rest (see docs/labels.md); a component along a Cartesian axis stays where the
+    moment lies along that axis.
+    """
+    lengths = np.linalg.norm(moments, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        directions = moments / lengths[:, None]
+    atoms.arrays["magnetic_forces_parallel"] = np.einsum("ic,ic->i", gradients, directions)
+    gradients[~(np.abs(directions) > 1 - 1e-6)] = np.nan
+
+
+def _frame(
+    atoms: Atoms,
+    moments: np.ndarray,
+    gradients: np.ndarray | None,
+    results: dict[str, Any],
+    info: dict[str, Any],
+) -> Atoms:
+    if moments.shape != (len(atoms), 3):
+        raise LabelError(f"label {info['name']!r}: moments of shape {moments.shape}")
+    atoms.set_initial_magnetic_moments(moments)
+    if gradients is not None:
+        atoms.arrays["magnetic_forces"] = gradients
+    atoms.info.update(info)
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
