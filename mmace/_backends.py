@@ -26,7 +26,6 @@ try:
     with contextlib.redirect_stdout(io.StringIO()):
         from mace.data.neighborhood import get_neighborhood
         from mace.modules.blocks import RadialEmbeddingBlock
-        from mace.modules.radial import ZBLBasis
         from mace.modules.symmetric_contraction import SymmetricContraction
         from mace.tools.cg import U_matrix_real
 finally:
@@ -41,7 +40,6 @@ __all__ = [
     "RadialEmbeddingBlock",
     "SymmetricContraction",
     "U_matrix_real",
-    "ZBLBasis",
     "get_neighborhood",
     "o3",
 ]

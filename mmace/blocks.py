@@ -8,9 +8,11 @@ structure is worth computing once for any number of moments, directions and magn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from ase.data import covalent_radii
 from torch import nn
 
 from ._backends import FullyConnectedNet, RadialEmbeddingBlock, o3
@@ -216,6 +218,49 @@ class RadialBasis(nn.Module):
         """Radial functions (E, n) of lengths (E,) in Å."""
         nothing = lengths.new_zeros(0)
         return self.embedding(lengths[:, None], nothing, nothing, nothing)[0]
+
+
+class PairRepulsion(nn.Module):
+    """Screened nuclear repulsion, smoothly cut off at the sum of the covalent radii.
+
+    The universal potential of Ziegler, Biersack and Littmark (1985). mace-torch has it too, but evaluates it in torch's
+    global default type.
+
+    Parameters
+    ----------
+    numbers : sequence of int
+        Atomic numbers of the elements.
+    """
+
+    screening: torch.Tensor
+    strength: torch.Tensor
+    radius: torch.Tensor
+
+    COEFFICIENTS = (0.1818, 0.5099, 0.2802, 0.02817)
+    EXPONENTS = (3.2, 0.9423, 0.4028, 0.2016)
+    COULOMB = 14.3996454  # e²/4πε0, eV Å
+    BOHR = 0.529177211  # Å
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        z = torch.tensor(numbers, dtype=torch.float64)
+        radii = torch.tensor([covalent_radii[n] for n in numbers], dtype=torch.float64)
+        power = z**0.23
+        self.register_buffer("screening", 0.88534 * self.BOHR / (power[:, None] + power[None, :]), persistent=False)
+        self.register_buffer("strength", self.COULOMB * z[:, None] * z[None, :], persistent=False)
+        self.register_buffer("radius", radii[:, None] + radii[None, :], persistent=False)
+
+    def forward(
+        self, lengths: torch.Tensor, species: torch.Tensor, receiver: torch.Tensor, sender: torch.Tensor
+    ) -> torch.Tensor:
+        """Energies (N,) in eV, half of each pair's on either atom, from edge lengths (E,) in Å."""
+        pair = species[receiver], species[sender]
+        reduced = lengths / self.screening[pair]
+        screened = sum(c * torch.exp(-x * reduced) for c, x in zip(self.COEFFICIENTS, self.EXPONENTS, strict=True))
+        u = (lengths / self.radius[pair]).clamp_max(1.0)
+        envelope = 1.0 - 28.0 * u**6 + 48.0 * u**7 - 21.0 * u**8
+        energies = 0.5 * self.strength[pair] / lengths * screened * envelope
+        return energies.new_zeros(len(species)).index_add(0, receiver, energies)
 
 
 class ExchangeBasis(nn.Module):

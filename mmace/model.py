@@ -10,7 +10,7 @@ import torch
 from ase.data import atomic_numbers
 from torch import nn
 
-from ._backends import SymmetricContraction, U_matrix_real, ZBLBasis, o3
+from ._backends import SymmetricContraction, U_matrix_real, o3
 from .blocks import (
     DegreewiseLinear,
     ExchangeBasis,
@@ -18,6 +18,7 @@ from .blocks import (
     MomentBasis,
     MomentFeatures,
     OneBodyEnergy,
+    PairRepulsion,
     RadialBasis,
     RadialFilters,
     SpinOrbitBasis,
@@ -82,8 +83,9 @@ class ModelConfig:
         unknown = [z for z in self.elements if z not in atomic_numbers]
         if unknown:
             raise ValueError(f"{unknown[0]} is not an element: give chemical symbols.")
-        if self.num_layers < 1 or self.correlation < 1 or self.num_chebyshev < 1:
-            raise ValueError("num_layers, correlation and num_chebyshev must be at least 1.")
+        for name in ("num_layers", "correlation", "num_chebyshev", "max_ell", "channels", "num_bessel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -158,19 +160,17 @@ class MagneticMACE(nn.Module):
         Settings; the weights are random until loaded or trained. The model is built in float64.
     """
 
-    atomic_numbers: torch.Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         elements = config.elements
         scale = torch.tensor([config.moment_scale[z] for z in elements], dtype=torch.float64)
         carriers = torch.tensor([z in config.carriers for z in elements])
-        self.register_buffer("atomic_numbers", torch.tensor([atomic_numbers[z] for z in elements]), persistent=False)
         self.moment_basis = MomentBasis(scale, carriers, config.num_chebyshev)
         self.one_body = OneBodyEnergy(len(elements), config.num_chebyshev, config.wall)
         self.radial = RadialBasis(config.cutoff, config.num_bessel, config.num_polynomial_cutoff)
-        self.repulsion: nn.Module | None = ZBLBasis() if config.pair_repulsion else None
+        numbers = [atomic_numbers[z] for z in elements]
+        self.repulsion = PairRepulsion(numbers) if config.pair_repulsion else None
         self.embedding = nn.Parameter(torch.randn(len(elements), config.channels))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         k = config.channels
@@ -278,10 +278,7 @@ class MagneticMACE(nn.Module):
     def _repulsion(self, graph: Graph, lengths: torch.Tensor) -> torch.Tensor:
         if self.repulsion is None:
             return lengths.new_zeros(len(graph.species))
-        one_hot = torch.nn.functional.one_hot(graph.species, len(self.elements))
-        return self.repulsion(
-            lengths[:, None], one_hot, torch.stack([graph.sender, graph.receiver]), self.atomic_numbers
-        )
+        return self.repulsion(lengths, graph.species, graph.receiver, graph.sender)
 
 
 def _sum_images(filters: torch.Tensor, pair_of_edge: torch.Tensor, n_pairs: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from .graph import Graph
 MODES = ("fixed", "magnitudes", "full")
 TRUST_START = 0.3  # µB
 TRUST_MAX = 1.0  # µB
+SMALL = 0.05  # µB; shorter moments step along straight lines
 FLAT = 1e-9  # eV/µB²; softer modes are treated as this stiff, so that noise along them is not amplified
 
 
@@ -86,22 +87,89 @@ def relax_moments(
     start = graph.moments.detach()
     with torch.no_grad():
         geometry = model.geometry(graph)
-    if mode == "magnitudes":
-        lengths = start.norm(dim=1, keepdim=True)
-        axes = torch.where(lengths > 0, start / lengths.clamp_min(torch.finfo(start.dtype).tiny), start)
-        x, to_moments = lengths, lambda x: x * axes
-    else:
-        x, to_moments = start, lambda x: x
+    coordinates: _Coordinates = _Axes(start) if mode == "magnitudes" else _Vectors()
 
     def energies(x: torch.Tensor) -> torch.Tensor:
-        sites = model.spin_energies(geometry, to_moments(x)[None])[0]
+        sites = model.spin_energies(geometry, coordinates.moments(x)[None])[0]
         return sites.new_zeros(graph.n_graphs).index_add(0, graph.batch, sites)
 
     problem = _BatchedProblem(energies, graph)
+    x = coordinates.start(start)
     if mode == "fixed":
         gradient, matrix = problem.expand(x)
-        return RelaxedMoments(start, gradient.abs().amax((1,)), *_curvatures(matrix), steps=0)
-    return problem.minimise(x, to_moments, tolerance, max_steps)
+        return RelaxedMoments(start, gradient.abs().amax(1), *_curvatures(matrix), steps=0)
+    return problem.minimise(x, coordinates, tolerance, max_steps)
+
+
+class _Coordinates(Protocol):
+    """How moments are written as variables x (N, d), and how a step is taken."""
+
+    def start(self, moments: torch.Tensor) -> torch.Tensor:
+        """Variables of the moments to start from."""
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """Moments (N, 3) of variables."""
+
+    def move(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Variables after a step (..., d)."""
+
+    def bend(self, x: torch.Tensor, gradient: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Hessian (G, n, n) along `move`, from the plain one, for x and gradient (G, width, d)."""
+
+
+class _Axes(_Coordinates):
+    """Signed lengths along fixed axes."""
+
+    def __init__(self, moments: torch.Tensor) -> None:
+        self.axes = torch.nn.functional.normalize(moments, dim=1, eps=torch.finfo(moments.dtype).tiny)
+
+    def start(self, moments: torch.Tensor) -> torch.Tensor:
+        return moments.norm(dim=1, keepdim=True)
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.axes
+
+    def move(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return x + step
+
+    def bend(self, x: torch.Tensor, gradient: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix
+
+
+class _Vectors(_Coordinates):
+    """Vectors that a step turns and stretches, so that the soft valley of joint rotations is followed as it bends."""
+
+    def start(self, moments: torch.Tensor) -> torch.Tensor:
+        return moments
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def move(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        length, axis, turns = self._polar(x)
+        along = (step * axis).sum(-1, keepdim=True)
+        across = step - along * axis
+        size = across.norm(dim=-1, keepdim=True)
+        angle = size / length.clamp_min(SMALL)
+        turned = axis * torch.cos(angle) + across / size.clamp_min(1e-300) * torch.sin(angle)
+        return torch.where(turns, (length + along) * turned, x + step)
+
+    def bend(self, x: torch.Tensor, gradient: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        length, axis, turns = self._polar(x)
+        along = (gradient * axis).sum(-1, keepdim=True)
+        across = gradient - along * axis
+        identity = torch.eye(3, dtype=x.dtype, device=x.device)
+        transverse = identity - axis[..., :, None] * axis[..., None, :]
+        mixed = axis[..., :, None] * across[..., None, :]
+        blocks = mixed + mixed.transpose(-1, -2) - along[..., None] * transverse
+        blocks = torch.where(turns[..., None], blocks / length.clamp_min(SMALL)[..., None], torch.zeros_like(blocks))
+        return matrix + _block_diagonal(blocks)
+
+    @staticmethod
+    def _polar(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Lengths, axes, and whether a moment is long enough to be turned."""
+        length = x.norm(dim=-1, keepdim=True)
+        return length, x / length.clamp_min(SMALL), length > SMALL
 
 
 class _BatchedProblem:
@@ -145,7 +213,7 @@ class _BatchedProblem:
     def minimise(
         self,
         x: torch.Tensor,
-        to_moments: Callable[[torch.Tensor], torch.Tensor],
+        coordinates: _Coordinates,
         tolerance: float,
         max_steps: int,
     ) -> RelaxedMoments:
@@ -156,9 +224,11 @@ class _BatchedProblem:
         steps = 0
         while bool((gradient.abs().amax(1) > tolerance).any()) and steps < max_steps:
             active = gradient.abs().amax(1) > tolerance
-            step = _newton_step(gradient, matrix, radius) * active[:, None]
-            predicted = (gradient * step).sum(1) + 0.5 * torch.einsum("gi,gij,gj->g", step, matrix, step)
-            trial = x + self.unpack(step.view(self.n_graphs, self.width, -1)).to(x.dtype)
+            packed = self.pack(x).double()
+            bent = coordinates.bend(packed, gradient.view_as(packed), matrix)
+            step = _newton_step(gradient, bent, radius) * active[:, None]
+            predicted = (gradient * step).sum(1) + 0.5 * torch.einsum("gi,gij,gj->g", step, bent, step)
+            trial = self.unpack(coordinates.move(packed, step.view_as(packed))).to(x.dtype)
             trial_energy = self._energy(trial)
             trial_gradient, trial_matrix = self.expand(trial)
             noise = 1e-13 * energy.abs() + 1e-12
@@ -182,7 +252,7 @@ class _BatchedProblem:
                 f"{residual[worst].item():.2e} eV/µB, asked were {tolerance:.1e}; start nearer to a stable state "
                 "or raise the tolerance."
             )
-        return RelaxedMoments(to_moments(x).detach(), residual, *_curvatures(matrix), steps=steps)
+        return RelaxedMoments(coordinates.moments(x).detach(), residual, *_curvatures(matrix), steps=steps)
 
     def _energy(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -198,6 +268,15 @@ def _newton_step(gradient: torch.Tensor, matrix: torch.Tensor, radius: torch.Ten
     step = -torch.einsum("giv,gv->gi", modes, along)
     length = step.abs().amax(1)
     return step * (radius / length.clamp_min(1e-300)).clamp_max(1.0)[:, None]
+
+
+def _block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
+    """(G, n, d, d) → (G, n d, n d)."""
+    n_graphs, n, d, _ = blocks.shape
+    full = blocks.new_zeros(n_graphs, n, d, n, d)
+    index = torch.arange(n, device=blocks.device)
+    full[:, index, :, index] = blocks.transpose(0, 1)
+    return full.view(n_graphs, n * d, n * d)
 
 
 def _curvatures(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,1 +1,15 @@
-"""Label contract, label files and readers of other formats."""
+"""Labels to learn from and how they are split."""
+
+from .labels import LabelledStructure, fingerprint, groups_of, label_from_atoms, read_labels
+from .splits import PARTS, Splits, read_splits
+
+__all__ = [
+    "PARTS",
+    "LabelledStructure",
+    "Splits",
+    "fingerprint",
+    "groups_of",
+    "label_from_atoms",
+    "read_labels",
+    "read_splits",
+]

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers
-from ase.geometry import cell_to_cellpar
 from ase.units import Bohr, Hartree
 
 from ..errors import LabelError, MissingProgramError
@@ -90,7 +89,9 @@ def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: 
 
 
 def kpoint_mesh(cell: np.ndarray, spacing: float) -> tuple[int, int, int]:
-    """Smallest mesh with neighbours no further apart than `spacing` (1/Å, with 2π) along each reciprocal vector.
+    """Smallest mesh with neighbours no further apart than `spacing` (1/Å, with 2π) that keeps the lattice's symmetry.
+
+    Reciprocal vectors that are not at right angles get equal numbers: a symmetry may mix them.
 
     Parameters
     ----------
@@ -102,11 +103,15 @@ def kpoint_mesh(cell: np.ndarray, spacing: float) -> tuple[int, int, int]:
     Returns
     -------
     tuple of int, shape=(3,)
-        Reciprocal vectors of equal length get equal numbers, so that the mesh keeps the lattice's symmetry.
     """
-    lengths = cell_to_cellpar(2 * np.pi * np.linalg.inv(cell).T)[:3]
-    n1, n2, n3 = (max(1, int(np.ceil(length / spacing - 1e-6))) for length in lengths)
-    return n1, n2, n3
+    reciprocal = 2 * np.pi * np.linalg.inv(cell).T
+    lengths = np.linalg.norm(reciprocal, axis=1)
+    mesh = np.maximum(1, np.ceil(lengths / spacing - 1e-6).astype(int))
+    directions = reciprocal / lengths[:, None]
+    coupled = np.abs(directions @ directions.T) > 1e-6
+    for _ in range(2):
+        mesh = np.array([mesh[row].max() for row in coupled])
+    return int(mesh[0]), int(mesh[1]), int(mesh[2])
 
 
 def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], datasets: str | Path) -> str:
@@ -150,7 +155,7 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
         "acell 3*1.0 angstrom",
         "rprim\n  " + block(job.cell),
         "xred\n  " + block(job.scaled_positions),
-        "chkprim 0",
+        "chkprim 0 chksymtnons 0",
         spin,
     ]
     if any(constrained):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
             raise LabelError(f"the plan {args.plan!r} has no job {name!r}")
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
     os.nice(args.nice)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only)
     print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     return 0

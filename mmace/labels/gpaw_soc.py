@@ -44,7 +44,7 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
     calc = GPAW(
         mode=PW(job["cutoff"]),
         xc=job["xc"],
-        kpts=tuple(job["kmesh"]),
+        kpts={"size": job["kmesh"], "gamma": True},
         occupations=FermiDirac(job["width"]),
         txt="scf.txt",
     )

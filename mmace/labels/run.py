@@ -174,6 +174,8 @@ def _run_job(
         except (LabelError, subprocess.TimeoutExpired) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             result = {"failed": f"no result within {limit_s:.0f} s" if late else str(error)}
+            if (scratch / "log").is_file():
+                shutil.copy(scratch / "log", folder / "log")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         result |= {"key": job_key(plan, job), "seconds": round(time.monotonic() - start, 1)}

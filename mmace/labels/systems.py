@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from ase import Atoms
 
+from .abinit import kpoint_mesh
 from .plan import Job, Plan, Recipe, make_job
 
 TEST_FRACTION, VALID_FRACTION = 0.15, 0.10
@@ -425,4 +426,114 @@ def fe_al_collinear() -> Plan:
     return assemble("FeAl-collinear", recipe, families, seed=1)
 
 
-PLANS: dict[str, Callable[[], Plan]] = {"FeAl-collinear": fe_al_collinear}
+SOC_SPACING = 0.14
+
+
+def soc_mesh(atoms: Atoms) -> list[int]:
+    """Mesh for an anisotropy job: 16³ for B2 FeAl at its lattice constant, in proportion elsewhere."""
+    return list(kpoint_mesh(atoms.cell.array, SOC_SPACING))
+
+
+def soc_directions(count: int = 6) -> list[tuple[float, ...]]:
+    """Seven directions of high symmetry and `count` general ones, no two equivalent in an orthorhombic crystal."""
+    k = np.arange(count)
+    height = (k + 0.5) / count * 0.9 + 0.05
+    turn = (k * (np.sqrt(5) - 1) / 2 + 0.13) % 1 * (np.pi / 2)
+    ring = np.sqrt(1 - height**2)
+    general = np.round(np.stack([ring * np.cos(turn), ring * np.sin(turn), height], axis=1), 6)
+    return [tuple(float(x) for x in n) for n in (*HIGH_SYMMETRY, *general)]
+
+
+def fe_al_anisotropy() -> Plan:
+    """Strained B2 FeAl, layered Fe/Al cells and strained bcc Fe, each with its own self-consistent moments."""
+    rng = np.random.default_rng(31)
+    families: list[Family] = []
+
+    def add(tag: str, structures: Sequence[Atoms], start: dict[str, float], delay: float = 1.0) -> None:
+        parents = []
+        for k, atoms in enumerate(structures):
+            moments = np.array([start.get(symbol, 0.0) for symbol in atoms.symbols])
+            parents.append(Parent(f"soc-{tag}-{k}", atoms, [moments]))
+        families.append(Family(parents, delay))
+
+    def grid(cell: Atoms, distortion: Distortion, cases: Sequence[tuple[float, float]]) -> list[Atoms]:
+        out = []
+        for scale, e in cases:
+            atoms = cell.copy()
+            atoms.set_cell(scale * cell.cell.array, scale_atoms=True)
+            out.append(strained(atoms, distortion(e)))
+        return out
+
+    b2_cell, bcc = b2(2.87), bcc_primitive(2.83, "Fe")
+    soft, strong = {"Fe": 0.9}, {"Fe": 2.2}
+    tetra = [(1, 0.05), (1, -0.05), (1, 0.02), (1, -0.025), (1, 0.08), (1.02, 0.06), (1.02, -0.06), (1.02, 0.03)]
+    tetra += [(1.03, -0.03), (1.035, 0.045), (0.99, 0.04), (0.985, 0.065), (0.99, -0.04), (1.01, 0.1), (1.015, -0.08)]
+    add("FeAl-B2-tetragonal", grid(b2_cell, tetragonal, tetra), soft)
+    ortho = [(1, 0.025), (1, 0.045), (1, 0.065), (1.02, 0.035), (1.03, 0.055), (0.99, 0.05), (1.01, 0.015)]
+    add("FeAl-B2-orthorhombic", grid(b2_cell, orthorhombic, ortho), soft)
+    sheared = [(1, 0.02), (1, 0.04), (1.02, 0.03), (1.03, 0.05), (0.99, 0.035)]
+    add("FeAl-B2-shear", grid(b2_cell, shear, sheared), soft)
+    add("FeAl-B2-trigonal", grid(b2_cell, trigonal, [(1, 0.025), (1, -0.025), (1.02, 0.04), (1.02, -0.035)]), soft)
+    mixed = [(0.02, 0.05), (-0.03, 0.04), (0.05, 0.03), (0.035, -0.02)]
+    both = [
+        strained(strained(b2(a), tetragonal(t)), orthorhombic(o))
+        for (t, o), a in zip(mixed, (2.87, 2.9, 2.93, 2.86), strict=True)
+    ]
+    add("FeAl-B2-mixed", both, soft, 1.1)
+    ratios = [(2.87, 1.2), (2.9, 1.3), (2.87, 1.41), (2.92, 1.46)]
+    cube_root = [np.array([r ** (-1 / 3), r ** (-1 / 3), r ** (2 / 3)]) for _, r in ratios]
+    add(
+        "FeAl-L10",
+        [strained(b2(a), np.diag(f) - np.eye(3)) for (a, _), f in zip(ratios, cube_root, strict=True)],
+        {"Fe": 1.6},
+    )
+    for tag, layers in {
+        "Fe2Al2-layers": ["Fe", "Fe", "Al", "Al"],
+        "Fe3Al-layers": ["Fe", "Fe", "Fe", "Al"],
+        "FeAl3-layers": ["Fe", "Al", "Al", "Al"],
+        "Fe2Al-layers": ["Fe", "Fe", "Al"],
+        "FeAl2-layers": ["Fe", "Al", "Al"],
+    }.items():
+        add(
+            tag,
+            [stack(a, c, layers) for a, c in ((2.87, 2.87), (2.82, 2.96), (2.94, 2.82))[: 2 + (len(layers) == 4)]],
+            {"Fe": 1.9},
+            1.0,
+        )
+    bain = [
+        (1, 0.04),
+        (1, -0.04),
+        (1, 0.02),
+        (1, -0.06),
+        (1.01, 0.07),
+        (0.99, 0.05),
+        (1.02, -0.03),
+        (0.98, 0.03),
+        (1, 0.12),
+    ]
+    add("Fe-bcc-tetragonal", grid(bcc, tetragonal, bain), strong)
+    add("Fe-bcc-orthorhombic", grid(bcc, orthorhombic, [(1, 0.03), (1, 0.05), (1.015, 0.04), (0.985, 0.025)]), strong)
+    add("Fe-bcc-shear", grid(bcc, shear, [(1, 0.03), (1, 0.05), (1.01, 0.02)]), strong)
+    add("Fe-bcc-trigonal", grid(bcc, trigonal, [(1, 0.03), (1, -0.03), (1.01, 0.045)]), strong)
+    strained_do3 = [
+        strained(fcc_body(5.76, ["Fe", "Fe", "Al", "Fe"]), s)
+        for s in (tetragonal(0.05), tetragonal(-0.05), trigonal(0.03))
+    ]
+    add("Fe3Al-DO3", strained_do3, {"Fe": 2.1}, 1.1)
+    moved = [
+        displaced(strained(b2(2.9), tetragonal(e)), 1, (0, 0, d)) for e, d in ((0.04, 0.1), (-0.04, 0.12), (0.0, 0.15))
+    ]
+    add("FeAl-B2-displaced", moved, soft, 1.1)
+    add("FeAl-random", [generic(b2(2.9), rng, 0.05, 0.1) for _ in range(4)], soft, 1.4)
+
+    settings = {**GPAW_SOC, "directions": soc_directions()}
+    recipe = Recipe("gpaw-pbe-400eV-force-theorem", "gpaw-soc", ("Fe",), settings)
+    plan = assemble("FeAl-anisotropy", recipe, families, seed=2)
+    jobs = tuple(replace(job, settings={"kmesh": soc_mesh(job.atoms())}) for job in plan.jobs)
+    return Plan(plan.name, plan.recipe, jobs)
+
+
+PLANS: dict[str, Callable[[], Plan]] = {
+    "FeAl-collinear": fe_al_collinear,
+    "FeAl-anisotropy": fe_al_anisotropy,
+}
