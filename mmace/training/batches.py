@@ -1,0 +1,178 @@
+"""Labels as tensors: targets with the weight each component carries, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from ..data import LabelledStructure
+from ..graph import Graph
+from ..model import MagneticMACE
+from .recipe import Tolerances
+
+SMALL_MOMENT = 1e-3  # µB; below it a moment has no direction
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a quantity should be.
+
+    Attributes
+    ----------
+    value : Tensor (..., C)
+        Labels, zero where not known.
+    inverse_tolerance : Tensor (..., C)
+        One over the error that counts as one.
+    weight : Tensor (..., C)
+        Weight in the loss, zero where the label is not known; the weights of one structure sum to one.
+    """
+
+    value: torch.Tensor
+    inverse_tolerance: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, label: np.ndarray, tolerance: np.ndarray | float, dtype: torch.dtype) -> Target:
+        """Target of one structure; NaN in `label` means not known."""
+        known = np.isfinite(label)
+        weight = known / max(known.sum(), 1)
+        tolerance = np.where(known, np.broadcast_to(tolerance, label.shape), 1.0)
+        return cls(
+            value=torch.tensor(np.where(known, label, 0.0), dtype=dtype),
+            inverse_tolerance=torch.tensor(1.0 / tolerance, dtype=dtype),
+            weight=torch.tensor(weight, dtype=dtype),
+        )
+
+    @classmethod
+    def collate(cls, targets: Sequence[Target]) -> Target:
+        """Targets one after the other."""
+        return cls(*(torch.cat([getattr(t, f.name) for t in targets]) for f in fields(cls)))
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target on another device."""
+        return Target(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class LabelBatch:
+    """G structures with targets for energies and first derivatives.
+
+    Attributes
+    ----------
+    graph : Graph
+        Structures with their moments.
+    energy, forces, stress, magnetic_forces : Target
+        Shapes (G,), (N, 3), (G, 6), (N, 3).
+    axis : Tensor (N, 3)
+        Direction of each moment, zero where it has none.
+    """
+
+    graph: Graph
+    energy: Target
+    forces: Target
+    stress: Target
+    magnetic_forces: Target
+    axis: torch.Tensor
+
+    @classmethod
+    def of(cls, label: LabelledStructure, model: MagneticMACE, tolerances: Tolerances) -> LabelBatch:
+        """Batch of one label."""
+        dtype = model.dtype
+        relative = tolerances.relative
+        magnitude = np.linalg.norm(label.moments, axis=1, keepdims=True)
+        axis = np.where(magnitude > SMALL_MOMENT, label.moments / np.maximum(magnitude, SMALL_MOMENT), 0.0)
+        return cls(
+            graph=_graph(label, model),
+            energy=Target.of(np.array([label.energy]), tolerances.energy * len(label), torch.float64),
+            forces=Target.of(label.forces, _widened(tolerances.forces, relative, label.forces), dtype),
+            stress=Target.of(label.stress[None], _widened(tolerances.stress, relative, label.stress[None]), dtype),
+            magnetic_forces=Target.of(
+                label.magnetic_forces, _widened(tolerances.magnetic_forces, relative, label.magnetic_forces), dtype
+            ),
+            axis=torch.tensor(axis, dtype=dtype),
+        )
+
+    @classmethod
+    def collate(cls, batches: Sequence[LabelBatch]) -> LabelBatch:
+        """One batch that holds all of `batches`."""
+        names = ("energy", "forces", "stress", "magnetic_forces")
+        targets = {name: Target.collate([getattr(b, name) for b in batches]) for name in names}
+        return cls(Graph.collate([b.graph for b in batches]), axis=torch.cat([b.axis for b in batches]), **targets)
+
+    def to(self, device: torch.device | str) -> LabelBatch:
+        """The same batch on another device."""
+        return LabelBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class DirectionBatch:
+    """G structures, each with energies of its moments turned to up to D directions.
+
+    Attributes
+    ----------
+    graph : Graph
+        Structures; the moments in it are those of the first direction.
+    moments : Tensor (D, N, 3)
+        µB; structures with fewer directions repeat their first.
+    energy : Target (D, G)
+        Energies about the mean of their group; weights vanish on repeats.
+    """
+
+    graph: Graph
+    moments: torch.Tensor
+    energy: Target
+
+    @classmethod
+    def of(cls, group: Sequence[LabelledStructure], model: MagneticMACE, tolerances: Tolerances) -> DirectionBatch:
+        """Batch of one group."""
+        energies = np.array([label.energy for label in group])
+        relative = energies - np.nanmean(energies)
+        size = np.sqrt(np.nanmean(relative**2))
+        tolerance = tolerances.anisotropy * len(group[0]) + tolerances.relative_anisotropy * size
+        return cls(
+            graph=_graph(group[0], model),
+            moments=torch.tensor(np.stack([label.moments for label in group]), dtype=model.dtype),
+            energy=Target.of(relative[:, None], tolerance, torch.float64),
+        )
+
+    @classmethod
+    def collate(cls, batches: Sequence[DirectionBatch]) -> DirectionBatch:
+        """One batch that holds all of `batches`."""
+        longest = max(len(b.moments) for b in batches)
+        padded = [b._padded(longest) for b in batches]
+        return cls(
+            graph=Graph.collate([b.graph for b in padded]),
+            moments=torch.cat([b.moments for b in padded], dim=1),
+            energy=Target(*(torch.cat([getattr(b.energy, f.name) for b in padded], dim=1) for f in fields(Target))),
+        )
+
+    def _padded(self, length: int) -> DirectionBatch:
+        """Repeats of the first direction, without weight, up to `length` directions."""
+        missing = length - len(self.moments)
+        energy = Target(
+            value=_repeat_first(self.energy.value, missing),
+            inverse_tolerance=_repeat_first(self.energy.inverse_tolerance, missing),
+            weight=torch.cat([self.energy.weight, self.energy.weight.new_zeros(missing, 1)]),
+        )
+        return DirectionBatch(self.graph, _repeat_first(self.moments, missing), energy)
+
+    def to(self, device: torch.device | str) -> DirectionBatch:
+        """The same batch on another device."""
+        return DirectionBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def _graph(label: LabelledStructure, model: MagneticMACE) -> Graph:
+    config = model.config
+    return Graph.from_atoms(label.atoms(), config.elements, config.cutoff, soc=float(label.soc), dtype=model.dtype)
+
+
+def _widened(tolerance: float, relative: float, label: np.ndarray) -> np.ndarray:
+    """Tolerance plus a fraction of the length of each row of the label."""
+    return tolerance + relative * np.linalg.norm(label, axis=-1, keepdims=True)
+
+
+def _repeat_first(values: torch.Tensor, times: int) -> torch.Tensor:
+    return torch.cat([values, values[:1].expand(times, *values.shape[1:])])

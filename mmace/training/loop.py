@@ -1,0 +1,366 @@
+"""The training loop: deterministic in the seed, resumed exactly from its checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..data import LabelledStructure, fingerprint, groups_of
+from ..errors import LabelError, MMACEError
+from ..io import save_model
+from ..model import MagneticMACE, ModelConfig
+from .batches import DirectionBatch, LabelBatch
+from .checkpoint import read_checkpoint, write_checkpoint
+from .evaluate import errors_of, predict
+from .loss import LossTerms, direction_loss, label_loss
+from .recipe import Recipe
+from .setup import initial_model
+
+CHECKPOINT_SECONDS = 60.0
+VALID_BATCH = 16
+TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
+
+T = TypeVar("T")
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run came to.
+
+    Attributes
+    ----------
+    model : MagneticMACE
+        Averaged weights with the best validation so far.
+    finished : bool
+        All epochs are done or validation stopped improving; otherwise the run can be resumed.
+    epoch : int
+        Epochs done.
+    best_epoch : int
+        Epoch of the weights in `model`.
+    best_score : float
+        Their validation loss.
+    """
+
+    model: MagneticMACE
+    finished: bool
+    epoch: int
+    best_epoch: int
+    best_score: float
+
+
+def train(
+    train_labels: Sequence[LabelledStructure],
+    valid_labels: Sequence[LabelledStructure],
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    seed: int = 0,
+    bootstrap: bool = False,
+    max_minutes: float | None = None,
+    stop_after: int | None = None,
+    device: torch.device | str = "cpu",
+    metadata: dict[str, str] | None = None,
+    report: Report | None = None,
+) -> Outcome:
+    """Train a model, or go on with a run that was stopped.
+
+    Parameters
+    ----------
+    train_labels, valid_labels : sequence of LabelledStructure
+        Labels to fit, and labels that only select the best weights.
+    recipe : Recipe
+        Settings.
+    out : path
+        Folder for `model.safetensors` (best weights), `checkpoint.safetensors`, `log.jsonl` and `recipe.json`. If it
+        holds a checkpoint of the same run, training goes on from there, to the same numbers as in one piece.
+    seed : int
+        Seed of weights, order and bootstrap.
+    bootstrap : bool
+        Draw the training labels with replacement, so that members of a committee see different data.
+    max_minutes : float, optional
+        Stop after this time; running again goes on.
+    stop_after : int, optional
+        Stop after this epoch; running again goes on.
+    device : torch.device or str
+        Where to train.
+    metadata : dict, optional
+        Notes stored with the model.
+    report : callable, optional
+        Called with every record of the log.
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    LabelError
+        No labels to train or to validate on.
+    MMACEError
+        `out` holds a run with other labels or settings.
+    """
+    if not train_labels or not valid_labels:
+        raise LabelError("training needs labels to train on and others to validate on: give both.")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(train_labels, valid_labels, recipe, folder, seed, bootstrap, torch.device(device), metadata or {})
+    return run.go(max_minutes, stop_after, report or (lambda record: None))
+
+
+class _Run:
+    """Model, averaged model, optimiser and counters of one run."""
+
+    def __init__(
+        self,
+        train_labels: Sequence[LabelledStructure],
+        valid_labels: Sequence[LabelledStructure],
+        recipe: Recipe,
+        folder: Path,
+        seed: int,
+        bootstrap: bool,
+        device: torch.device,
+        metadata: dict[str, str],
+    ) -> None:
+        self.recipe, self.folder, self.seed, self.metadata = recipe, folder, seed, metadata
+        self.valid_labels = valid_labels
+        self.identity = {
+            "recipe": recipe.to_dict(),
+            "seed": seed,
+            "bootstrap": bootstrap,
+            "train": fingerprint(train_labels),
+            "valid": fingerprint(valid_labels),
+        }
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.best_epoch, self.best_score = 0, math.inf
+        self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
+        checkpoint = folder / "checkpoint.safetensors"
+        saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
+        if saved is None:
+            self.model = initial_model(train_labels, recipe, seed)
+        else:
+            if saved[1]["identity"] != self.identity:
+                raise MMACEError(
+                    f"{folder} holds a run with other labels, recipe or seed: choose another folder for this run."
+                )
+            self.model = MagneticMACE(ModelConfig.from_dict(saved[1]["config"])).to(
+                torch.float64 if recipe.dtype == "float64" else torch.float32
+            )
+        self.model.to(device)
+        self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        self.best = {name: value.clone() for name, value in self.average.items()}
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("one_body.")]
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": list(self.model.one_body.parameters()), "weight_decay": 0.0},
+                {"params": others, "weight_decay": recipe.weight_decay},
+            ],
+            lr=recipe.learning_rate,
+        )
+        if saved is not None:
+            self._restore(*saved)
+        self.labels, self.groups = self._batches(train_labels)
+        valid_single, valid_groups = self._batches(valid_labels)
+        self.valid_labels_batched = [LabelBatch.collate(part) for part in _chunks(valid_single)]
+        self.valid_groups_batched = [DirectionBatch.collate(part) for part in _chunks(valid_groups)]
+        if bootstrap:
+            self.labels, self.groups = _redrawn(self.labels, seed, 1), _redrawn(self.groups, seed, 2)
+        self.steps_per_epoch = max(
+            math.ceil(len(self.labels) / recipe.batch_size), math.ceil(len(self.groups) / recipe.groups_per_step)
+        )
+
+    def go(self, max_minutes: float | None, stop_after: int | None, report: Report) -> Outcome:
+        start = saved_at = time.monotonic()
+        before = self.seconds
+        (self.folder / "recipe.json").write_text(json.dumps(self.identity, indent=1) + "\n")
+        records = self._records_until_checkpoint()
+        while not self._finished():
+            if stop_after is not None and self.epoch >= stop_after:
+                break
+            if max_minutes is not None and time.monotonic() - start > 60.0 * max_minutes:
+                break
+            for labels, groups in self._epoch_batches():
+                self.terms += self._train_step(labels, groups)
+                self.terms_steps += 1
+            self.epoch += 1
+            self.seconds = before + time.monotonic() - start
+            if self.epoch % self.recipe.validate_every == 0 or self.epoch == self.recipe.epochs:
+                records.append(self._validate())
+                report(records[-1])
+                if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                    self._save(records)
+                    saved_at = time.monotonic()
+        self.seconds = before + time.monotonic() - start
+        self._save(records)
+        return Outcome(self._model_with(self.best), self._finished(), self.epoch, self.best_epoch, self.best_score)
+
+    def _finished(self) -> bool:
+        stale = self.epoch - self.best_epoch > self.recipe.patience
+        return self.epoch >= self.recipe.epochs or stale
+
+    def _batches(self, labels: Sequence[LabelledStructure]) -> tuple[list[LabelBatch], list[DirectionBatch]]:
+        device, tolerances = self.model.device, self.recipe.tolerances
+        single = [
+            LabelBatch.of(label, self.model, tolerances).to(device)
+            for label in labels
+            if label.anisotropy_group is None
+        ]
+        grouped = [DirectionBatch.of(group, self.model, tolerances).to(device) for group in groups_of(labels)]
+        return single, grouped
+
+    def _epoch_batches(self) -> list[tuple[LabelBatch | None, DirectionBatch | None]]:
+        """Batches of this epoch; the order depends on seed and epoch alone, so a resumed run repeats it."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        label_parts = np.array_split(rng.permutation(len(self.labels)), self.steps_per_epoch)
+        group_parts = np.array_split(rng.permutation(len(self.groups)), self.steps_per_epoch)
+        return [
+            (
+                LabelBatch.collate([self.labels[k] for k in labels]) if len(labels) else None,
+                DirectionBatch.collate([self.groups[k] for k in groups]) if len(groups) else None,
+            )
+            for labels, groups in zip(label_parts, group_parts, strict=True)
+        ]
+
+    def _train_step(self, labels: LabelBatch | None, groups: DirectionBatch | None) -> np.ndarray:
+        recipe = self.recipe
+        self.step += 1
+        rate = self._learning_rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad()
+        terms = np.zeros(len(TERMS))
+        for part in (labels, groups):
+            if part is None:
+                continue
+            loss = _mean_loss(self.model, part, recipe)
+            loss.total().backward()
+            terms += [float(getattr(loss, name).detach()) for name in TERMS]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.optimiser.step()
+        memory = min(recipe.ema, (1.0 + self.step) / (10.0 + self.step))
+        with torch.no_grad():
+            for name, value in self.model.named_parameters():
+                self.average[name].lerp_(value, 1.0 - memory)
+        return terms
+
+    def _learning_rate(self) -> float:
+        recipe = self.recipe
+        progress = self.step / (recipe.epochs * self.steps_per_epoch)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        rate = recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * cosine
+        return rate * min(1.0, self.step / max(recipe.warmup_steps, 1))
+
+    def _validate(self) -> dict[str, Any]:
+        """Errors of the averaged weights on the validation labels, remembered if they are the best so far."""
+        model = self._model_with(self.average)
+        terms = np.zeros(len(TERMS))
+        for parts in (self.valid_labels_batched, self.valid_groups_batched):
+            total = sum(part.graph.n_graphs for part in parts)
+            for part in parts:
+                loss = _mean_loss(model, part, self.recipe, create_graph=False)
+                terms += [float(getattr(loss, name)) * part.graph.n_graphs / total for name in TERMS]
+        train_terms = dict(zip(TERMS, (self.terms / self.terms_steps).tolist(), strict=True))
+        self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
+        score = float(terms.sum())
+        if score < self.best_score:
+            self.best_epoch, self.best_score = self.epoch, score
+            self.best = {name: value.clone() for name, value in self.average.items()}
+        errors = errors_of(self.valid_labels, predict(model, self.valid_labels)).to_dict()
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "minutes": round(self.seconds / 60.0, 3),
+            "learning_rate": self._learning_rate(),
+            "train_loss": train_terms,
+            "valid_loss": dict(zip(TERMS, terms.tolist(), strict=True)),
+            "valid_score": score,
+            "best_epoch": self.best_epoch,
+            "valid": errors,
+        }
+
+    def _model_with(self, weights: dict[str, torch.Tensor]) -> MagneticMACE:
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({**model.state_dict(), **weights})
+        return model.requires_grad_(False).eval()
+
+    def _save(self, records: Sequence[dict[str, Any]]) -> None:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items()}
+        state = {
+            "identity": self.identity,
+            "config": self.model.config.to_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "terms": self.terms.tolist(),
+            "terms_steps": self.terms_steps,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+        }
+        write_checkpoint(self.folder / "checkpoint.safetensors", tensors, state)
+        notes = {**self.metadata, "seed": str(self.seed), "best_epoch": str(self.best_epoch)}
+        save_model(self._model_with(self.best), self.folder / "model.safetensors", notes)
+        log = self.folder / "log.jsonl"
+        temporary = log.with_name(f".{log.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(temporary, log)
+
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        device = self.model.device
+        self.model.load_state_dict(_named(tensors, "model."))
+        self.average = {name: value.to(device) for name, value in _named(tensors, "average.").items()}
+        self.best = {name: value.to(device) for name, value in _named(tensors, "best.").items()}
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in _named(tensors, "optimiser.").items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        settings = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": settings})
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.terms, self.terms_steps = np.array(state["terms"]), state["terms_steps"]
+        self.best_epoch = state["best_epoch"]
+        self.best_score = math.inf if state["best_score"] is None else state["best_score"]
+
+    def _records_until_checkpoint(self) -> list[dict[str, Any]]:
+        """Log of the epochs that the checkpoint holds; later ones will be run again."""
+        log = self.folder / "log.jsonl"
+        if self.epoch == 0 or not log.exists():
+            return []
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        return [record for record in records if record["epoch"] <= self.epoch]
+
+
+def _mean_loss(
+    model: MagneticMACE, batch: LabelBatch | DirectionBatch, recipe: Recipe, create_graph: bool = True
+) -> LossTerms:
+    """Loss terms per structure."""
+    if isinstance(batch, LabelBatch):
+        loss = label_loss(model, batch, recipe.tolerances, create_graph)
+    else:
+        loss = direction_loss(model, batch, recipe.tolerances)
+    return LossTerms(*(getattr(loss, name) / batch.graph.n_graphs for name in TERMS))
+
+
+def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[k : k + VALID_BATCH] for k in range(0, len(items), VALID_BATCH)]
+
+
+def _redrawn(items: list[T], seed: int, stream: int) -> list[T]:
+    rng = np.random.default_rng([seed, stream, 0])
+    return [items[k] for k in rng.integers(len(items), size=len(items))] if items else []

@@ -1,0 +1,168 @@
+"""Settings of a training run, read from JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import MMACEError
+from ..model import ModelConfig
+
+MEASURED = ("elements", "moment_scale", "carriers", "atomic_energies", "energy_scale", "avg_num_neighbors")
+MODEL_SETTINGS = tuple(f.name for f in fields(ModelConfig) if f.name not in MEASURED)
+
+
+class RecipeError(MMACEError):
+    """A recipe cannot be read or asks for something that does not exist."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Errors that count as one: the loss is quadratic below `outlier` of them and linear above.
+
+    Attributes
+    ----------
+    energy : float
+        eV/atom.
+    forces : float
+        eV/Å.
+    stress : float
+        eV/Å^3.
+    magnetic_forces : float
+        eV/µB.
+    anisotropy : float
+        Energy differences between directions, eV/atom.
+    relative : float
+        Added to the tolerances of derivatives, as a fraction of the label.
+    relative_anisotropy : float
+        Added to the tolerance of anisotropy, as a fraction of the group's root mean square.
+    transverse : float
+        Weight of magnetic forces across the moment; those of constrained non-collinear calculations are less exact.
+    outlier : float
+        Tolerances beyond which an error counts linearly.
+    """
+
+    energy: float = 0.002
+    forces: float = 0.03
+    stress: float = 0.003
+    magnetic_forces: float = 0.015
+    anisotropy: float = 2e-6
+    relative: float = 0.02
+    relative_anisotropy: float = 0.05
+    transverse: float = 0.2
+    outlier: float = 5.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes
+    ----------
+    model : mapping
+        Settings of the model that are not measured from the labels, such as `channels`, `max_ell`, `cutoff`.
+    tolerances : Tolerances
+        Weights of the loss.
+    epochs : int
+        Passes over the training labels; the learning rate falls to its end over them.
+    batch_size : int
+        Labels in one step.
+    groups_per_step : int
+        Largest number of anisotropy groups in one step.
+    learning_rate, final_learning_rate : float
+        Adam's, at the start and at the end of the cosine schedule.
+    warmup_steps : int
+        Steps over which the learning rate rises from zero.
+    weight_decay : float
+        Decoupled decay of all weights but the one-body energy.
+    clip : float
+        Largest norm of the gradient.
+    ema : float
+        Memory of the exponential moving average of the weights; the averaged weights are the result.
+    validate_every : int
+        Epochs between validations.
+    patience : int
+        Stop after this many epochs without a better validation.
+    dtype : str
+        float64 or float32.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tolerances: Tolerances = field(default_factory=Tolerances)
+    epochs: int = 400
+    batch_size: int = 8
+    groups_per_step: int = 6
+    learning_rate: float = 0.01
+    final_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 1e-5
+    clip: float = 100.0
+    ema: float = 0.995
+    validate_every: int = 5
+    patience: int = 400
+    dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.model) - set(MODEL_SETTINGS))
+        if unknown:
+            raise RecipeError(
+                f"the recipe's model has no setting {unknown[0]}: choose among {', '.join(MODEL_SETTINGS)}."
+            )
+        if self.dtype not in ("float64", "float32"):
+            raise RecipeError(f"the recipe's dtype is {self.dtype}: choose float64 or float32.")
+        for name in ("epochs", "batch_size", "groups_per_step", "validate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be at least 1.")
+        if not 0.0 <= self.ema < 1.0:
+            raise RecipeError(f"the recipe's ema is {self.ema}: it must be at least 0 and below 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; what is left out keeps its default.
+
+        Raises
+        ------
+        RecipeError
+            A setting does not exist or has an impossible value.
+        """
+        values = dict(settings)
+        _check_names(values, cls, "the recipe")
+        tolerances = dict(values.get("tolerances", {}))
+        _check_names(tolerances, Tolerances, "the recipe's tolerances")
+        model = {k: tuple(v) if isinstance(v, list) else v for k, v in values.get("model", {}).items()}
+        return cls(**{**values, "tolerances": Tolerances(**tolerances), "model": model})
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe, a JSON object with settings of `Recipe`.
+
+    Raises
+    ------
+    RecipeError
+        The file is missing or not JSON, or a setting does not exist.
+    """
+    file = Path(path)
+    try:
+        settings = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {file}: give an existing JSON file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not JSON ({error}): mend the recipe.") from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{file} does not hold a JSON object: mend the recipe.")
+    return Recipe.from_dict(settings)
+
+
+def _check_names(values: Mapping[str, Any], kind: type, what: str) -> None:
+    names = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise RecipeError(f"{what} has no setting {unknown[0]}: choose among {', '.join(names)}.")
