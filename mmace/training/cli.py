@@ -1,0 +1,208 @@
+"""`mmace train` and `mmace eval`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .. import __version__
+from ..data import LabelledStructure, Splits, read_labels, read_splits
+from ..errors import MMACEError
+from ..io import load_model, model_files
+from .evaluate import predict, report, table
+from .loop import Outcome, train
+from .plot import plot_log
+from .recipe import Recipe, read_recipe
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Register `mmace train` and `mmace eval`."""
+    fit = subparsers.add_parser(
+        "train",
+        help="train a model or a committee on labels",
+        description="Train on labels in extended XYZ. A stopped run goes on where it was, to the same numbers.",
+    )
+    fit.add_argument("--train", nargs="+", required=True, metavar="FILE", help="labels to train on")
+    source = fit.add_mutually_exclusive_group(required=True)
+    source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
+    source.add_argument(
+        "--splits", metavar="FILE", help="JSON with the parents to train on, to validate on and to leave alone"
+    )
+    fit.add_argument("--out", required=True, metavar="DIR", help="folder for model, checkpoint and log")
+    fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
+    fit.add_argument("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
+    fit.add_argument("--members", type=int, default=1, help="train a committee, one model for each of so many seeds")
+    fit.add_argument("--bootstrap", action="store_true", help="draw the training labels with replacement")
+    fit.add_argument("--max-minutes", type=float, metavar="M", help="stop each model after so long; run again to go on")
+    _add_machine_options(fit)
+    fit.set_defaults(run=_train)
+
+    check = subparsers.add_parser(
+        "eval",
+        help="errors of a model or committee on labels",
+        description="Compare a model with labels: errors over all of them, for each part of the splits and parent.",
+    )
+    check.add_argument("labels", nargs="+", metavar="FILE", help="labels in extended XYZ")
+    check.add_argument("--model", default="default", help="shipped name, .safetensors or committee .json")
+    check.add_argument("--splits", metavar="FILE", help="report each part of these splits too")
+    check.add_argument("--json", metavar="FILE", help="write the errors there")
+    _add_machine_options(check)
+    check.set_defaults(run=_evaluate)
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def _train(args: argparse.Namespace) -> int:
+    _set_machine(args)
+    if args.members < 1:
+        raise MMACEError(f"--members is {args.members}: give at least 1.")
+    recipe = read_recipe(args.recipe) if args.recipe else Recipe()
+    labels = read_labels(args.train)
+    if args.splits:
+        splits = read_splits(args.splits)
+        train_labels, valid_labels = splits.select(labels, "train"), splits.select(labels, "valid")
+    else:
+        train_labels, valid_labels = labels, read_labels(args.valid)
+        Splits(
+            frozenset(x.parent for x in train_labels), frozenset(x.parent for x in valid_labels), frozenset()
+        )  # raises where a parent is in both
+    out = _writable_folder(args.out)
+    console = Console()
+    console.print(f"{len(train_labels)} labels to train on, {len(valid_labels)} to validate on.")
+    notes = {
+        "mmace_version": __version__,
+        "recipe": json.dumps(recipe.to_dict()),
+        "labels": json.dumps({Path(path).name: _sha256(path) for path in [*args.train, *(args.valid or [])]}),
+    }
+    outcomes = []
+    for member in range(args.members):
+        folder = out if args.members == 1 else out / f"member-{member}"
+        outcome = _train_one(args, recipe, train_labels, valid_labels, folder, args.seed + member, notes, console)
+        outcomes.append(outcome)
+        if (folder / "log.jsonl").stat().st_size:
+            plot_log(folder / "log.jsonl", folder / "log.png")
+        state = "finished" if outcome.finished else "stopped; the same command goes on"
+        console.print(
+            f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {recipe.epochs}, "
+            f"best at {outcome.best_epoch}."
+        )
+    if args.members > 1:
+        files = [f"member-{k}/model.safetensors" for k in range(args.members)]
+        _write_json(out / "committee.json", {"members": files})
+        console.print(f"{out / 'committee.json'}: {args.members} members.")
+    return 0
+
+
+def _train_one(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    train_labels: Sequence[LabelledStructure],
+    valid_labels: Sequence[LabelledStructure],
+    folder: Path,
+    seed: int,
+    notes: dict[str, str],
+    console: Console,
+) -> Outcome:
+    columns = (
+        TextColumn("seed {task.fields[seed]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[errors]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=recipe.epochs, seed=seed, errors="")
+
+        def show(record: dict[str, Any]) -> None:
+            progress.update(task, completed=record["epoch"], errors=_short(record["valid"]))
+
+        return train(
+            train_labels,
+            valid_labels,
+            recipe,
+            folder,
+            seed=seed,
+            bootstrap=args.bootstrap,
+            max_minutes=args.max_minutes,
+            device=args.device,
+            metadata=notes,
+            report=show,
+        )
+
+
+def _short(errors: dict[str, Any]) -> str:
+    """Validation errors in one line."""
+    parts = (
+        ("E", "energy_rmse_meV_per_atom", "meV/at"),
+        ("F", "forces_rmse_meV_per_A", "meV/Å"),
+        ("H", "magnetic_forces_rmse_meV_per_muB", "meV/µB"),
+        ("K", "anisotropy_rmse_ueV_per_atom", "µeV/at"),
+    )
+    return " ".join(f"{name} {errors[key]:.3g} {unit}" for name, key, unit in parts if errors[key] is not None)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _set_machine(args)
+    if args.json:
+        _writable_folder(Path(args.json).parent, create=False)
+    labels = read_labels(args.labels)
+    splits = read_splits(args.splits) if args.splits else None
+    files = model_files(args.model)
+    predictions = [predict(load_model(file, device=args.device), labels) for file in files]
+    results = report(labels, predictions, splits.part_of if splits else None)
+    print(table(results))
+    if args.json:
+        results["model"] = {file.name: _sha256(file) for file in files}
+        results["labels"] = {Path(path).name: _sha256(path) for path in args.labels}
+        _write_json(Path(args.json), results)
+    return 0
+
+
+def _set_machine(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise MMACEError(f"--threads is {args.threads}: give at least 1.")
+        torch.set_num_threads(args.threads)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MMACEError(f"the device {args.device} cannot be used ({reason}): choose another --device.") from None
+
+
+def _writable_folder(path: str | os.PathLike[str], create: bool = True) -> Path:
+    folder = Path(path)
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MMACEError(f"the folder {folder} cannot be made ({error.strerror}): choose another.") from None
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise MMACEError(f"nothing can be written to the folder {folder}: choose another.")
+    return folder
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sha256(path: str | os.PathLike[str]) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
