@@ -61,6 +61,30 @@ def load_model(
     ModelFileError
         The file is missing, damaged, or not one of ours.
     """
+    metadata, tensors = _read(path)
+    try:
+        model = MagneticMACE(ModelConfig.from_dict(json.loads(metadata["config"])))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelFileError(f"{path} does not hold a whole model ({reason}): it is damaged, get it again.") from None
+    model.requires_grad_(False)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The notes that were saved with a model.
+
+    Raises
+    ------
+    ModelFileError
+        The file is missing, damaged, or not one of ours.
+    """
+    metadata, _ = _read(path)
+    return {key: value for key, value in metadata.items() if key not in ("format", "config")}
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -71,14 +95,7 @@ def load_model(
         raise ModelFileError(f"{path} cannot be read as safetensors ({error}): it is damaged, get it again.") from None
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{path} is not an mMACE model: use a file that `mmace train` wrote.")
-    try:
-        model = MagneticMACE(ModelConfig.from_dict(json.loads(metadata["config"])))
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelFileError(f"{path} does not hold a whole model ({reason}): it is damaged, get it again.") from None
-    model.requires_grad_(False)
-    return model.to(device=device, dtype=dtype).eval()
+    return metadata, tensors
 
 
 def model_files(model: str | os.PathLike[str]) -> list[Path]:

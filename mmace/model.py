@@ -224,9 +224,11 @@ class MagneticMACE(nn.Module):
         """
         vectors = graph.edge_vectors(graph.positions if positions is None else positions, strain)
         lengths = vectors.norm(dim=1)
-        harmonics = o3.spherical_harmonics(
-            list(range(self.config.max_ell + 1)), vectors, normalize=True, normalization="component"
-        )
+        # The harmonics are TorchScript; its profiling would make the first calls several times slower than the rest.
+        with torch.jit.optimized_execution(False):
+            harmonics = o3.spherical_harmonics(
+                list(range(self.config.max_ell + 1)), vectors, normalize=True, normalization="component"
+            )
         radial = self.radial(lengths)
         n_atoms = len(graph.species)
         pairs, pair_of_edge = torch.unique(graph.receiver * n_atoms + graph.sender, return_inverse=True)

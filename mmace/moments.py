@@ -97,7 +97,7 @@ def relax_moments(
     x = coordinates.start(start)
     if mode == "fixed":
         gradient, matrix = problem.expand(x)
-        return RelaxedMoments(start, gradient.abs().amax(1), *_curvatures(matrix), steps=0)
+        return RelaxedMoments(start, gradient.abs().amax(1), *_curvatures(matrix, graph.counts.tolist()), steps=0)
     return problem.minimise(x, coordinates, tolerance, max_steps)
 
 
@@ -183,6 +183,8 @@ class _BatchedProblem:
         first = torch.cumsum(counts, 0) - counts
         self.slot = torch.arange(len(graph.batch), device=graph.batch.device) - first[graph.batch]
         self.width = int(counts.max())
+        self.counts = counts.tolist()
+        self.root_count = counts.double().sqrt()
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(N, d) → (G, width, d), zero where a structure has fewer atoms."""
@@ -226,7 +228,7 @@ class _BatchedProblem:
             active = gradient.abs().amax(1) > tolerance
             packed = self.pack(x).double()
             bent = coordinates.bend(packed, gradient.view_as(packed), matrix)
-            step = _newton_step(gradient, bent, radius) * active[:, None]
+            step = _newton_step(gradient, bent, radius * self.root_count) * active[:, None]
             predicted = (gradient * step).sum(1) + 0.5 * torch.einsum("gi,gij,gj->g", step, bent, step)
             trial = self.unpack(coordinates.move(packed, step.view_as(packed))).to(x.dtype)
             trial_energy = self._energy(trial)
@@ -236,7 +238,7 @@ class _BatchedProblem:
             ratio = change / predicted.clamp_max(-1e-300)
             shrinks = trial_gradient.abs().amax(1) < gradient.abs().amax(1)
             accepted = active & ((ratio > 0.05) | ((change.abs() <= noise) & shrinks))
-            length = step.abs().amax(1)
+            length = step.norm(dim=1) / self.root_count
             radius = torch.where(accepted & (ratio > 0.7), (2.0 * length).clamp_min(radius), radius)
             radius = torch.where(active & (~accepted | (ratio < 0.25)), 0.3 * length, radius).clamp_max(TRUST_MAX)
             x = torch.where(accepted[self.batch][:, None], trial, x)
@@ -252,22 +254,27 @@ class _BatchedProblem:
                 f"{residual[worst].item():.2e} eV/µB, asked were {tolerance:.1e}; start nearer to a stable state "
                 "or raise the tolerance."
             )
-        return RelaxedMoments(coordinates.moments(x).detach(), residual, *_curvatures(matrix), steps=steps)
+        curvatures = _curvatures(matrix, self.counts)
+        return RelaxedMoments(coordinates.moments(x).detach(), residual, *curvatures, steps=steps)
 
     def _energy(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return self.energies(x)
 
 
-def _newton_step(gradient: torch.Tensor, matrix: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Downhill step (G, n): -Σ_v v (v·g)/|λ_v|, shortened to the trust radius."""
+def _newton_step(gradient: torch.Tensor, matrix: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
+    """Downhill step (G, n): -Σ_v v (v·g)/(|λ_v| + σ), σ ≥ 0 as small as the longest allowed norm (G,) permits."""
     eigenvalues, modes = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(1, 2)))
     along = torch.einsum("giv,gi->gv", modes, gradient)
-    along = along / eigenvalues.abs().clamp_min(FLAT)
-    along = torch.clamp(along, -radius[:, None], radius[:, None])
-    step = -torch.einsum("giv,gv->gi", modes, along)
-    length = step.abs().amax(1)
-    return step * (radius / length.clamp_min(1e-300)).clamp_max(1.0)[:, None]
+    stiffness = eigenvalues.abs().clamp_min(FLAT)
+    low = torch.zeros_like(longest)
+    high = gradient.norm(dim=1) / longest
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        too_long = (along / (stiffness + middle[:, None])).norm(dim=1) > longest
+        low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
+    shift = torch.where((along / stiffness).norm(dim=1) > longest, high, torch.zeros_like(high))
+    return -torch.einsum("giv,gv->gi", modes, along / (stiffness + shift[:, None]))
 
 
 def _block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
@@ -279,10 +286,14 @@ def _block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
     return full.view(n_graphs, n * d, n * d)
 
 
-def _curvatures(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lowest eigenvalue and condition number of each block, leaving out zero modes and padding."""
-    eigenvalues = torch.linalg.eigvalsh(0.5 * (matrix + matrix.transpose(1, 2)))
-    size = eigenvalues.abs()
-    largest = size.amax(1)
-    small = torch.where(size > 1e-9 * largest[:, None], size, torch.inf).amin(1)
-    return eigenvalues[:, 0], largest / small
+def _curvatures(matrix: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest eigenvalue (G,) of each block (G, n, n), and its condition number (G,) apart from zero modes."""
+    per_atom = matrix.shape[1] // max(counts)
+    lowest, condition = [], []
+    for block, count in zip(matrix, counts, strict=True):
+        own = block[: count * per_atom, : count * per_atom]
+        eigenvalues = torch.linalg.eigvalsh(0.5 * (own + own.T))
+        size = eigenvalues.abs()
+        lowest.append(eigenvalues[0])
+        condition.append(size.max() / torch.where(size > 1e-9 * size.max(), size, torch.inf).min())
+    return torch.stack(lowest), torch.stack(condition)
