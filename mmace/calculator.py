@@ -28,6 +28,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 RELAX_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # eV/µB
 STRUCTURES_AT_ONCE = 32
 SPIRALS_AT_ONCE = 32
+NEGLIGIBLE = 1e-3  # µB
 GUESS = 0.5  # starting moment over M_z where a caller has none
 
 ArrayLike = Sequence[Any] | np.ndarray
@@ -336,9 +337,7 @@ class MMACECalculator(Calculator):
         """
         relaxed = [block for block in blocks if block.endswith("_relaxed")]
         if relaxed and self.moments == "fixed":
-            raise MMACEError(
-                f'{relaxed[0]} needs a calculator with moments="magnitudes" or "full": this one has fixed.'
-            )
+            raise MMACEError(f'{relaxed[0]} needs moments that follow: use calculator.replace(moments="full").')
         plain = {block.removesuffix("_relaxed") for block in blocks}
         for block in relaxed:
             plain |= {"mm", *(f"{v}m" for v in block[:2])}
@@ -411,7 +410,7 @@ class MMACECalculator(Calculator):
         config = self.models[0].config
         largest = np.linalg.norm(moments, axis=2).max(axis=0, initial=0.0)
         for i, (symbol, moment) in enumerate(zip(atoms.get_chemical_symbols(), largest, strict=True)):
-            if symbol not in config.carriers and moment > 0:
+            if symbol not in config.carriers and moment > NEGLIGIBLE:
                 warnings.warn(
                     f"atom {i} ({symbol}) has a moment of {moment:.2f} µB, but {symbol} carries none in this model: "
                     "its moment is held down by a penalty, set it to zero.",

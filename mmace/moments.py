@@ -14,6 +14,7 @@ from .graph import Graph
 MODES = ("fixed", "magnitudes", "full")
 TRUST_START = 0.3  # µB
 TRUST_MAX = 1.0  # µB
+SHORTEST = 1e-12  # µB; steps this short no longer change anything
 SMALL = 0.05  # µB; shorter moments step along straight lines
 FLAT = 1e-9  # eV/µB²; softer modes are treated as this stiff, so that noise along them is not amplified
 
@@ -224,8 +225,10 @@ class _BatchedProblem:
         energy = self._energy(x)
         gradient, matrix = self.expand(x)
         steps = 0
-        while bool((gradient.abs().amax(1) > tolerance).any()) and steps < max_steps:
-            active = gradient.abs().amax(1) > tolerance
+        while steps < max_steps:
+            active = (gradient.abs().amax(1) > tolerance) & (radius > SHORTEST)
+            if not bool(active.any()):
+                break
             packed = self.pack(x).double()
             bent = coordinates.bend(packed, gradient.view_as(packed), matrix)
             step = _newton_step(gradient, bent, radius * self.root_count) * active[:, None]
