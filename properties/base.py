@@ -1,0 +1,386 @@
+"""The base of every property: typed options, committees, provenance, and datasets written in one piece."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import xarray as xr
+from ase import Atoms
+from numpy.typing import ArrayLike
+
+from . import provenance
+from .errors import OptionError, OutputError, PropertyError, did_you_mean
+from .protocol import MODES, MomentMode, SpinCalculator, moments_of
+from .structures import check_structure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, the number of parts done, and their total."""
+
+GROUP = "mmace.properties"
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """Declare a field of an options class: its default, one line of help, and the values it may take."""
+    metadata = {"help": text, "choices": tuple(choices) if choices is not None else None}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every property takes.
+
+    Parameters
+    ----------
+    moments : how moments are relaxed; ``"calculator"`` takes the calculator's own mode.
+    symprec : tolerance of the symmetry search on positions, in Å.
+    mag_symprec : tolerance of the symmetry search on moments, in µB.
+    """
+
+    moments: str = option("calculator", "how moments are relaxed", ("calculator", *MODES))
+    symprec: float = option(1e-3, "tolerance of the symmetry search on positions, in Å")
+    mag_symprec: float = option(1e-2, "tolerance of the symmetry search on moments, in µB")
+
+    def __post_init__(self) -> None:
+        """Check every field against its type and choices.
+
+        Raises
+        ------
+        OptionError : names the option, what it got and what it takes.
+        """
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value, hint, choices = getattr(self, item.name), hints[item.name], item.metadata.get("choices")
+            for part in value if isinstance(value, tuple) else (value,):
+                if choices is not None and part not in choices:
+                    raise OptionError(
+                        f"the option {item.name} cannot be '{part}'{did_you_mean(str(part), choices)}"
+                        f" (it is one of {', '.join(choices)})"
+                    )
+            if not _fits(value, hint):
+                raise OptionError(f"the option {item.name} cannot be {value!r}; it takes {_spelled(hint)}")
+        for name in ("symprec", "mag_symprec"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"the option {name} must be positive")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _spelled(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"a list, each {_spelled(get_args(hint)[0])}"
+    return {float: "a finite number", int: "a whole number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result's table.
+
+    Parameters
+    ----------
+    label : what it is.
+    value : number, or text.
+    unit : unit of value and spread.
+    spread : standard deviation over the committee, None without one.
+    """
+
+    label: str
+    value: float | str
+    unit: str = ""
+    spread: float | None = None
+
+
+def variable(dims: Sequence[str] | str, data: ArrayLike, units: str, long_name: str) -> xr.Variable:
+    """Return a variable with its unit and long name; a number without unit has the unit ``1``."""
+    return xr.Variable(dims, np.asarray(data), {"units": units, "long_name": long_name})
+
+
+class Property(ABC):
+    """A quantity computed from a structure and a calculator, as one dataset.
+
+    A plugin derives from this class, sets the class attributes, writes `compute`, and names itself in the entry
+    points of the group ``mmace.properties``. Options are a frozen dataclass derived from `Options`; the command
+    line reads its arguments from it.
+
+    Parameters
+    ----------
+    options : the options; or give them by name.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    options_type: ClassVar[type[Options]] = Options
+    default_mode: ClassVar[MomentMode] = "magnitudes"
+    """How the command line relaxes moments where it is not told."""
+    soc: ClassVar[bool] = True
+    """Whether the command line asks for spin-orbit coupling where it is not told."""
+
+    def __init__(self, options: Options | None = None, **named: Any) -> None:
+        if options is not None and named:
+            raise OptionError("give options as one object or by name, not both")
+        known = [f.name for f in fields(self.options_type)]
+        for key in named:
+            if key not in known:
+                raise OptionError(f"{self.name} has no option '{key}'{did_you_mean(key, known)}")
+        self.options: Any = options if options is not None else self.options_type(**named)
+
+    @abstractmethod
+    def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
+        """Compute the property with one model.
+
+        Parameters
+        ----------
+        atoms : checked structure with moments (N, 3) in µB.
+        calculator : a single model.
+        progress : to be told about finished parts.
+
+        Returns
+        -------
+        A dataset whose every variable has ``units`` and ``long_name``.
+        """
+
+    def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
+        """Refuse a structure or calculator that the property cannot work on, before anything is computed.
+
+        Raises
+        ------
+        PropertyError : here, where the structure carries no moments.
+        """
+        moments_of(atoms)
+
+    def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Property":
+        """Return the property with everything fixed that all committee members must share."""
+        return self
+
+    def align(self, parts: list[xr.Dataset]) -> list[xr.Dataset]:
+        """Bring the members' datasets to one choice among equivalent ones, before they are averaged."""
+        return parts
+
+    def finish(self, dataset: xr.Dataset) -> xr.Dataset:
+        """Restore what averaging over members does not keep, such as the length of an axis."""
+        return dataset
+
+    def summary(self, dataset: xr.Dataset) -> list[Row]:
+        """Return the short table of a dataset."""
+        return [
+            Row(str(v.attrs["long_name"]), float(v), str(v.attrs["units"]), spread_of(dataset, str(k)))
+            for k, v in dataset.data_vars.items()
+            if v.ndim == 0 and not str(k).endswith("_std") and np.issubdtype(v.dtype, np.number)
+        ]
+
+    def plot(self, dataset: xr.Dataset) -> "Figure":
+        """Draw a dataset.
+
+        Raises
+        ------
+        OptionError : where the property has no picture.
+        """
+        raise OptionError(f"{self.name} has no plot; leave --plot out")
+
+    def mode(self, calculator: SpinCalculator) -> MomentMode:
+        """Return how moments are relaxed: the option, or the calculator's own mode."""
+        return calculator.mode if self.options.moments == "calculator" else self.options.moments
+
+    def run(self, structure: Atoms, calculator: Any, progress: Progress = silent) -> xr.Dataset:
+        """Compute the property.
+
+        Parameters
+        ----------
+        structure : periodic structure with initial moments, (N, 3) or (N,) in µB; it is not changed.
+        calculator : an ASE calculator of the protocol, or one wrapped already.
+        progress : called as ``progress(stage, done, total)``.
+
+        Returns
+        -------
+        The dataset. With a committee every number is the mean over its members, ``<name>_std`` the spread, and
+        ``<name>_member`` the members' own values.
+
+        Raises
+        ------
+        PropertyError : bad structure, moments, options or calculator; no result is returned half-done.
+        """
+        asked = calculator if isinstance(calculator, SpinCalculator) else SpinCalculator(calculator)
+        atoms = check_structure(structure, asked)
+        self.check(atoms, asked)
+        members = asked.members
+        shared = self.prepare(atoms, members, progress)
+        parts = []
+        for k, member in enumerate(members):
+            prefix = f"member {k + 1}/{len(members)}, " if len(members) > 1 else ""
+            parts.append(shared.compute(atoms, member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
+        dataset = parts[0] if len(parts) == 1 else combine(shared.align(parts))
+        dataset = shared.finish(dataset)
+        options = {**dataclasses.asdict(self.options), "moments": self.mode(asked)}
+        attrs = provenance.attributes(
+            atoms, asked, symprec=self.options.symprec, mag_symprec=self.options.mag_symprec, options=options
+        )
+        dataset.attrs = {"property": self.name, "title": self.title, **dataset.attrs, **attrs}
+        return checked(dataset)
+
+
+def checked(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the dataset after checking that it will open anywhere and explain itself.
+
+    Raises
+    ------
+    PropertyError : a variable without unit or long name, or of a type that netCDF refuses.
+    """
+    for name, item in dataset.variables.items():
+        for key in ("units", "long_name"):
+            if not item.attrs.get(key):
+                raise PropertyError(f"the variable '{name}' has no {key}; every variable of a dataset needs one")
+        if item.dtype.kind not in "fiuUO":
+            raise PropertyError(f"the variable '{name}' has the type {item.dtype}, which datasets do not hold")
+    dataset.attrs = {k: provenance.attribute(v) for k, v in dataset.attrs.items()}
+    return dataset
+
+
+def combine(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Average the members' datasets.
+
+    Parameters
+    ----------
+    parts : one dataset per member, with the same variables, dimensions and coordinates.
+
+    Returns
+    -------
+    Floating-point variables as mean, ``_std`` (standard deviation over members, ddof = 1) and ``_member`` (the values,
+    dimension ``member``); other variables as they are in the first member.
+    """
+    first = parts[0]
+    variables: dict[str, xr.Variable] = {}
+    for key, item in first.data_vars.items():
+        name = str(key)
+        if not np.issubdtype(item.dtype, np.floating):
+            variables[name] = item.variable
+            continue
+        values = np.stack([np.asarray(p[name].values) for p in parts])
+        units, text = item.attrs["units"], item.attrs["long_name"]
+        dims = [str(d) for d in item.dims]
+        variables[name] = xr.Variable(dims, values.mean(axis=0), item.attrs)
+        variables[f"{name}_std"] = variable(dims, values.std(axis=0, ddof=1), units, f"{text}, committee spread")
+        variables[f"{name}_member"] = variable(("member", *dims), values, units, f"{text}, per member")
+    coords: dict[Any, Any] = dict(first.coords)
+    coords["member"] = variable("member", np.arange(len(parts)), "1", "committee member")
+    return xr.Dataset(variables, coords, first.attrs)
+
+
+def spread_of(dataset: xr.Dataset, name: str, **where: Any) -> float | None:
+    """Return the committee spread of one number of a dataset, None without a committee."""
+    if f"{name}_std" not in dataset:
+        return None
+    return float(dataset[f"{name}_std"].sel(**where))
+
+
+def write_dataset(dataset: xr.Dataset, path: str | Path) -> None:
+    """Write a dataset as netCDF, in one piece: the file appears complete or not at all.
+
+    Raises
+    ------
+    OutputError : the place cannot be written.
+    """
+    write_whole(path, lambda temporary: dataset.to_netcdf(temporary, engine="netcdf4", format="NETCDF4"))
+
+
+def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
+    """Call `write` on a temporary name beside `path` and rename it when it is complete.
+
+    Raises
+    ------
+    OutputError : the place cannot be written.
+    """
+    target = Path(path)
+    check_writable(target)
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"'{path}' cannot be written ({error.strerror or error}); choose another output") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def check_writable(path: str | Path) -> None:
+    """Check, without leaving anything behind, that a file can be made at a place.
+
+    Raises
+    ------
+    OutputError : no such directory, a directory of that name, or no permission.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"'{path}' is a directory; name a file for the output")
+    if not target.parent.is_dir():
+        raise OutputError(f"the directory '{target.parent}' of the output does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"'{path}' cannot be written ({error.strerror}); choose another output") from error
+
+
+def plugins() -> dict[str, EntryPoint]:
+    """Return the entry points of every installed property by name."""
+    return {e.name: e for e in entry_points(group=GROUP)}
+
+
+def load_property(name: str) -> type[Property]:
+    """Return the class of a property by its name.
+
+    Raises
+    ------
+    OptionError : no such property.
+    PropertyError : the plugin cannot be loaded, or is none.
+    """
+    known = plugins()
+    if name not in known:
+        raise OptionError(f"there is no property '{name}'{did_you_mean(name, known)}")
+    try:
+        found = known[name].load()
+    except Exception as error:
+        raise PropertyError(f"the property '{name}' of {known[name].value} cannot be loaded: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Property)):
+        raise PropertyError(f"{known[name].value} is not a Property; the plugin '{name}' must be mended")
+    return found
+
+
+def as_json(dataset: xr.Dataset, rows: Sequence[Row]) -> str:
+    """Return the table of a result with its attributes as JSON text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not np.isfinite(value):
+            return None
+        return value
+
+    table = [{k: plain(v) for k, v in dataclasses.asdict(row).items()} for row in rows]
+    attrs: Mapping[Any, Any] = dataset.attrs
+    return json.dumps({"results": table, "attributes": {str(k): plain(v) for k, v in attrs.items()}}, indent=1)

@@ -1,0 +1,355 @@
+"""The command ``mmace-props``: one property of one structure, printed as a table and written as a dataset."""
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from .base import Options, Progress, Property, Row, as_json, check_writable, load_property, plugins, write_dataset
+from .errors import CalculatorError, OptionError, PropertyError, did_you_mean
+from .plot import check_format, save_figure
+from .protocol import MODES, SpinCalculator, moments_of
+from .provenance import magnetic_space_group
+from .structures import ORDERS, Start, formula, parse_moments, read_moments, read_structure, start_structure
+
+DEFAULT_FACTORY = "mmace.calculator:from_options"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are errors of the suite, with a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise OptionError(message)
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse, and suggest the nearest option for one that does not exist."""
+        found, rest = self.parse_known_args(list(arguments))
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            mistyped = rest[0].split("=")[0]
+            if mistyped.startswith("-"):
+                raise OptionError(f"there is no option {mistyped}{did_you_mean(mistyped, known)}")
+            raise OptionError(f"'{mistyped}' is one argument too many; one structure at a time")
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status (0, or 2 for anything the user can mend)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _plain_warnings():
+            return _main(given)
+    except PropertyError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print the warnings meant for users as one line each."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def _main(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        _help()
+        return 0 if given else 2
+    if given[0] == "--version":
+        try:
+            print(f"mmace-props {version('mmace')}")
+        except PackageNotFoundError:
+            print("mmace-props, not installed")
+        return 0
+    if given[0] == "list":
+        _list()
+        return 0
+    if given[0].startswith("-"):
+        raise OptionError(f"name a property first, not {given[0]}{did_you_mean('', [*plugins(), 'list'])}")
+    return _property(load_property(given[0]), given[1:])
+
+
+def _help() -> None:
+    print("usage: mmace-props NAME STRUCTURE [options]   compute a property (NAME -h shows its options)")
+    print("       mmace-props list                       show the properties installed")
+    print(f"properties: {', '.join(sorted(plugins()))}")
+
+
+def _list() -> None:
+    table = Table("name", "computes", "from", box=None, pad_edge=False)
+    for name, entry in sorted(plugins().items()):
+        try:
+            title = load_property(name).title
+        except PropertyError as error:
+            title = str(error)
+        table.add_row(name, title, entry.dist.name if entry.dist is not None else entry.value)
+    Console().print(table)
+
+
+def _parser(kind: type[Property]) -> Parser:
+    parser = Parser(prog=f"mmace-props {kind.name}", description=f"Compute the {kind.title}.", allow_abbrev=False)
+    parser.add_argument("structure", help="CIF, magCIF, POSCAR, extxyz, or another format of ASE")
+    parser.add_argument("-o", "--output", help=f"netCDF file to write (default: STRUCTURE_{kind.name}.nc here)")
+    parser.add_argument("--plot", help="picture to write: .png, .pdf or .svg")
+    parser.add_argument("--model", default="default", help="model name or file, for the calculator (default: default)")
+    parser.add_argument(
+        "--calculator",
+        default=DEFAULT_FACTORY,
+        help=f"factory, module:function or file.py:function (default: {DEFAULT_FACTORY})",
+    )
+    parser.add_argument("--device", default="cpu", help="device of the calculator (default: cpu)")
+    parser.add_argument("--dtype", default="float64", help="precision of the calculator (default: float64)")
+    parser.add_argument(
+        "--soc",
+        action=argparse.BooleanOptionalAction,
+        default=kind.soc,
+        help=f"spin-orbit coupling (default: {'on' if kind.soc else 'off'})",
+    )
+    parser.add_argument(
+        "--moments",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="initial moments as Fe=2.2,Al=0 (µB), or a file of rows or a structure with moments; or how they are "
+        f"relaxed: {', '.join(MODES)} (default: {kind.default_mode}); may be given twice",
+    )
+    parser.add_argument("--order", help=f"initial order: {', '.join(ORDERS)} (default: the file's moments, else auto)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings alone")
+    _add_options(parser, kind.options_type)
+    return parser
+
+
+def _add_options(parser: Parser, options: type[Options]) -> None:
+    hints = get_type_hints(options)
+    group = parser.add_argument_group("options of the property")
+    for item in dataclasses.fields(options):
+        if item.name == "moments":
+            continue
+        hint, flag = hints[item.name], "--" + item.name.replace("_", "-")
+        text, choices = item.metadata.get("help", ""), item.metadata.get("choices")
+        if choices:
+            text += f": {', '.join(choices)}"
+        common: dict[str, Any] = {"dest": f"option_{item.name}", "default": item.default}
+        if hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
+        elif get_origin(hint) is tuple:
+            group.add_argument(flag, nargs="+", type=get_args(hint)[0], metavar="X", help=text, **common)
+        else:
+            kind = hint if hint in (int, float, str) else str
+            group.add_argument(flag, type=kind, metavar="X", help=f"{text} (default: {item.default})", **common)
+
+
+def _property(kind: type[Property], arguments: Sequence[str]) -> int:
+    args = _parser(kind).parse_all(arguments)
+    console = Console(file=sys.stderr if args.json else sys.stdout, quiet=args.quiet, highlight=False, soft_wrap=True)
+    mode, table, moments_file = _moments_arguments(args.moments, kind.default_mode)
+    named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
+    named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    prop = kind(moments=mode, **named)
+    output = Path(args.output if args.output is not None else f"{Path(args.structure).stem}_{kind.name}.nc")
+    check_writable(output)
+    if args.plot is not None:
+        check_format(args.plot)
+        check_writable(args.plot)
+        if Path(args.plot).resolve() == output.resolve():
+            raise OptionError("the plot and the dataset cannot be the same file; name two")
+    structure = read_structure(args.structure)
+    calculator = load_calculator(args.calculator, args.model, args.soc, mode, args.device, args.dtype)
+    start = start_structure(
+        structure,
+        calculator,
+        order=args.order,
+        table=table,
+        moments=None if moments_file is None else read_moments(moments_file, len(structure)),
+    )
+    _print_start(console, start, calculator, mode, named)
+    with _progress(args.quiet) as report:
+        dataset = prop.run(start.atoms, calculator, report)
+    dataset.attrs["initial_moments_origin"] = start.origin
+    dataset.attrs["structure_file"] = Path(args.structure).name
+    rows = prop.summary(dataset)
+    write_dataset(dataset, output)
+    if args.plot is not None:
+        save_figure(prop.plot(dataset), args.plot)
+    _print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
+    if "note" in dataset.attrs:
+        console.print(dataset.attrs["note"])
+    console.print(f"wrote {output}" + (f" and {args.plot}" if args.plot is not None else ""))
+    if args.json:
+        print(as_json(dataset, rows))
+    return 0
+
+
+def _moments_arguments(given: Sequence[str], default: str) -> tuple[str, dict[str, float] | None, str | None]:
+    """Tell apart the three things that --moments takes: a mode, a table, a file."""
+    mode: str | None = None
+    table: dict[str, float] | None = None
+    file: str | None = None
+    for value in given:
+        if value in MODES:
+            if mode is not None:
+                raise OptionError("--moments says twice how moments are relaxed; say it once")
+            mode = value
+        elif table is not None or file is not None:
+            raise OptionError("--moments gives initial moments twice; give them once")
+        elif Path(value).is_file():
+            file = value
+        elif "=" in value:
+            table = parse_moments(value)
+        else:
+            raise OptionError(
+                f"--moments cannot be '{value}'{did_you_mean(value, MODES)} (a mode, a table such as Fe=2.2, or a file)"
+            )
+    return mode or default, table, file
+
+
+def load_calculator(factory: str, model: str, soc: bool, moments: str, device: str, dtype: str) -> SpinCalculator:
+    """Make a calculator from the name of a factory.
+
+    Parameters
+    ----------
+    factory : ``module:function``, or ``file.py:function``; the working directory is searched too.
+    model, soc, moments, device, dtype : handed to the factory by name.
+
+    Returns
+    -------
+    The calculator, seen through the protocol.
+
+    Raises
+    ------
+    CalculatorError : no such factory, or it refuses; its own sentence is kept.
+    """
+    place, _, function = factory.rpartition(":")
+    if not place or not function:
+        raise CalculatorError(f"'{factory}' names no factory; write module:function or file.py:function")
+    try:
+        module = _import(place)
+    except Exception as error:
+        raise CalculatorError(f"the calculator's module '{place}' cannot be imported ({_first(error)})") from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        public = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        raise CalculatorError(f"'{place}' has no function '{function}'{did_you_mean(function, public)}")
+    try:
+        return SpinCalculator(make(model=model, soc=soc, moments=moments, device=device, dtype=dtype))
+    except PropertyError:
+        raise
+    except Exception as error:
+        raise CalculatorError(_first(error)) from error
+
+
+def _import(place: str) -> Any:
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {place}")
+        name = f"_mmace_props_{path.stem}"
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{place} is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        return importlib.import_module(place)
+    finally:
+        sys.path.remove(here)
+
+
+def _first(error: BaseException) -> str:
+    """Return what an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    bar = ProgressBar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("start", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield report
+
+
+def _print_start(
+    console: Console, start: Start, calculator: SpinCalculator, mode: str, options: dict[str, Any]
+) -> None:
+    atoms = start.atoms
+    group = magnetic_space_group(atoms, options["symprec"], options["mag_symprec"])
+    model = calculator.provenance()
+    about = " ".join(str(model[k]) for k in ("name", "model", "model_name", "hash", "model_hash") if k in model)
+    members = len(calculator.members)
+    lengths = np.linalg.norm(moments_of(atoms), axis=1)
+    console.print(f"structure  {formula(atoms)}, {len(atoms)} atoms, {group['space_group']}")
+    console.print(f"moments    {start.origin}; |m| up to {lengths.max():.3g} µB, relaxed: {mode}")
+    console.print(f"symmetry   magnetic space group {group['magnetic_space_group']}")
+    console.print(f"model      {model['calculator']} {about}" + (f", committee of {members}" if members > 1 else ""))
+
+
+def _print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    spread = any(r.spread is not None for r in rows)
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    if spread:
+        table.add_column("± committee", justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    for row in rows:
+        value = row.value if isinstance(row.value, str) else _number(row.value)
+        cells = [row.label, value]
+        if spread:
+            cells.append("" if row.spread is None else f"{row.spread:.2g}")
+        table.add_row(*cells, "" if row.unit == "1" else row.unit)
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return "0" if abs(value) < 1e-9 else f"{value:.6g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

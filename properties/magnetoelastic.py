@@ -1,0 +1,113 @@
+"""Magnetoelastic constants and magnetostriction from finite strains of the anisotropy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+from ase import Atoms
+from numpy.typing import NDArray
+from scipy.integrate import lebedev_rule
+
+from .base import variable
+from .conventions import GPA, MJ_PER_M3, VOIGT
+from .protocol import STENCIL, SpinCalculator, pulled_back, strained, voigt_strain
+from .symmetry import PatternSymmetry
+
+Array = NDArray[np.float64]
+
+DEGREE = 11
+
+
+def magnetoelastic(
+    atoms: Atoms,
+    calculator: SpinCalculator,
+    pattern_at: Callable[[Atoms], Array],
+    energies: Callable[[Atoms, Array, Array], Array],
+    symmetry: PatternSymmetry,
+    step: float,
+    tell: Callable[[int, int], None],
+) -> dict[str, xr.Variable]:
+    """Differentiate E(n) and the stress with respect to strain, ions moving with the cell.
+
+    With ε in Voigt order (engineering shear) along the lattice axes x', y', z', the energy density is
+    ``f = ½ Σ C_vw ε_v ε_w + Σ_v ε_v n·T_v·n`` with traceless T_v. In a cubic lattice T has two numbers:
+    ``f = B1 Σ ε_a n_a² + B2 (ε_4 n_y n_z + ε_5 n_x n_z + ε_6 n_x n_y)``, and
+    ``λ100 = -2/3 B1/(C11 - C12)``, ``λ111 = -1/3 B2/C44`` (Kittel, Rev. Mod. Phys. 21, 541 (1949)).
+
+    Parameters
+    ----------
+    atoms : the structure.
+    calculator : a single model.
+    pattern_at : gives the moments (N, 3) in µB of a strained structure.
+    energies : gives E in eV of a structure with moments turned to directions (B, 3), shape (B,).
+    symmetry : frame and system of the lattice.
+    step : strain.
+    tell : called with the strains done and their number.
+
+    Returns
+    -------
+    Variables of a dataset: ``magnetoelastic_tensor`` (MJ/m³), ``magnetostriction_tensor``, ``elastic`` (GPa),
+    and for cubic lattices ``B1``, ``B2`` (MJ/m³), ``lambda100``, ``lambda111``.
+    """
+    points, weights = lebedev_rule(DEGREE)
+    local = points.T
+    directions = local @ symmetry.frame
+    volume = atoms.get_volume()
+    slopes, stiffness = np.zeros((6, len(local))), np.zeros((6, 6))
+    to_voigt = _voigt_rotation(symmetry.frame)
+    done = 0
+    for v in range(6):
+        for k, weight in STENCIL:
+            strain = symmetry.frame.T @ voigt_strain(v, k * step) @ symmetry.frame
+            cell = strained(atoms, strain)
+            moments = pattern_at(cell)
+            slopes[v] += weight / step * energies(cell, moments, directions) / volume
+            gradient = pulled_back(calculator.strain_gradient(cell, moments), strain)
+            stiffness[v] += weight / step * (to_voigt @ gradient) / volume
+            done += 1
+            tell(done, 6 * len(STENCIL))
+    stiffness = (stiffness + stiffness.T) / 2
+    moment = np.einsum("b,vb,bx,by->vxy", weights, slopes, local, local) / weights.sum()
+    tensors = 7.5 * (moment - np.trace(moment, axis1=1, axis2=2)[:, None, None] * np.eye(3) / 3)
+    striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1)
+    dims = ("strain", "frame_axis", "frame_axis_2")
+    found = {
+        "strain": variable("strain", np.array(["1", "2", "3", "4", "5", "6"]), "1", "Voigt strain along x', y', z'"),
+        "frame_axis_2": variable("frame_axis_2", np.array(["x'", "y'", "z'"]), "1", "axis of the lattice"),
+        "magnetoelastic_tensor": variable(
+            dims, tensors * MJ_PER_M3, "MJ/m³", "magnetoelastic coupling T of f = Σ ε_v n·T_v·n, in the lattice's axes"
+        ),
+        "magnetostriction_tensor": variable(
+            dims, striction, "1", "magnetostriction M of ε_v = n·M_v·n, in the lattice's axes"
+        ),
+        "elastic": variable(
+            ("strain", "strain_2"),
+            stiffness * GPA,
+            "GPa",
+            "elastic constants, ions moving with the cell, lattice's axes",
+        ),
+        "strain_2": variable(
+            "strain_2", np.array(["1", "2", "3", "4", "5", "6"]), "1", "Voigt strain along x', y', z'"
+        ),
+    }
+    if symmetry.system == "cubic":
+        first = np.mean([1.5 * tensors[a, a, a] for a in range(3)])
+        second = np.mean([2 * tensors[v, i, j] for v, (i, j) in enumerate(VOIGT) if v > 2])
+        c11, c44 = np.diag(stiffness)[:3].mean(), np.diag(stiffness)[3:].mean()
+        c12 = (stiffness[0, 1] + stiffness[0, 2] + stiffness[1, 2]) / 3
+        found["B1"] = variable((), first * MJ_PER_M3, "MJ/m³", "magnetoelastic constant B1")
+        found["B2"] = variable((), second * MJ_PER_M3, "MJ/m³", "magnetoelastic constant B2")
+        found["lambda100"] = variable((), -2 / 3 * first / (c11 - c12), "1", "magnetostriction along [100]")
+        found["lambda111"] = variable((), -1 / 3 * second / c44, "1", "magnetostriction along [111]")
+    return found
+
+
+def _voigt_rotation(frame: Array) -> Array:
+    """Return the matrix that takes stress-like Voigt components to the axes of the frame, shape (6, 6)."""
+    matrix = np.zeros((6, 6))
+    for w, (i, j) in enumerate(VOIGT):
+        tensor = np.zeros((3, 3))
+        tensor[i, j] = tensor[j, i] = 1.0
+        turned = frame @ tensor @ frame.T
+        matrix[:, w] = [turned[a, b] for a, b in VOIGT]
+    return matrix

@@ -1,0 +1,156 @@
+"""Pictures of datasets. Each function takes a dataset and returns a figure; none keeps global state."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .base import write_whole
+from .errors import OptionError
+
+FORMATS = (".png", ".pdf", ".svg")
+COLOURS = ("#0b6e99", "#c8553d", "#5b8c5a", "#7a5195")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, with its own canvas."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_format(path: str | Path) -> None:
+    """Refuse a picture format that is not one of ours.
+
+    Raises
+    ------
+    OptionError : unknown suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise OptionError(f"a plot cannot be written as '{suffix or path}'; name a file ending in {', '.join(FORMATS)}")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in one piece."""
+    check_format(path)
+    write_whole(path, lambda name: figure.savefig(name, dpi=160))
+
+
+def plot_anisotropy(dataset: xr.Dataset) -> Figure:
+    """Draw E(n) over the sphere in an equal-area map, and along great circles through the lattice axes."""
+    figure = new_figure(10.0, 4.2)
+    sphere: Any = figure.add_subplot(1, 2, 1, projection="mollweide")
+    frame = dataset["frame"].values
+    local = dataset["n"].values @ frame.T
+    energy = dataset["energy"]
+    values = energy.min("turn").values if "turn" in energy.dims else energy.values
+    longitude, latitude = np.arctan2(local[:, 1], local[:, 0]), np.arcsin(np.clip(local[:, 2], -1, 1))
+    if "harmonics" in dataset:
+        grid_lon, grid_lat = np.meshgrid(np.linspace(-np.pi, np.pi, 181), np.linspace(-np.pi / 2, np.pi / 2, 91))
+        mesh = sphere.pcolormesh(
+            grid_lon, grid_lat, _expanded(dataset, _unit(grid_lon, grid_lat)), cmap="viridis", shading="gouraud"
+        )
+        sphere.scatter(longitude, latitude, s=3, color="white", alpha=0.6)
+    else:
+        mesh = sphere.scatter(longitude, latitude, c=values, s=40, cmap="viridis")
+    figure.colorbar(mesh, ax=sphere, shrink=0.7, label="E(n) − min E  (µeV/atom)")
+    sphere.set_xticklabels([])
+    sphere.set_title(
+        f"{dataset.attrs.get('formula', '')}  {dataset.attrs.get('magnetic_space_group', '')}", fontsize=10
+    )
+    for axis, marker, label in (("easy_axis", "o", "easy"), ("hard_axis", "X", "hard")):
+        if axis in dataset and np.all(np.isfinite(dataset[axis].values)):
+            x, y, z = frame @ dataset[axis].values
+            sphere.plot(
+                np.arctan2(y, x),
+                np.arcsin(np.clip(z, -1, 1)),
+                marker,
+                ms=9,
+                mfc="none",
+                mec="red",
+                mew=1.8,
+                label=label,
+            )
+    sphere.legend(loc="lower right", fontsize=8, framealpha=0.9) if sphere.get_legend_handles_labels()[0] else None
+    lines: Any = figure.add_subplot(1, 2, 2)
+    angle = np.linspace(0, np.pi / 2, 91)
+    corners = {"x'": [1, 0, 0], "y'": [0, 1, 0], "z'": [0, 0, 1]}
+    if "harmonics" in dataset:
+        for (a, b), colour in zip((("z'", "x'"), ("z'", "y'"), ("x'", "y'")), COLOURS, strict=False):
+            n = np.outer(np.cos(angle), corners[a]) + np.outer(np.sin(angle), corners[b])
+            lines.plot(np.rad2deg(angle), _expanded(dataset, n), color=colour, label=f"{a} → {b}")
+        lines.set_xlabel("angle from the first axis (degree)")
+    else:
+        turns = dataset["turn"].values
+        for k, colour in zip(np.argsort(values)[[0, len(values) // 2, -1]], COLOURS, strict=False):
+            lines.plot(turns, energy.values[k], "o-", color=colour, label=f"n = {np.round(local[k], 2)}")
+        lines.set_xlabel("turn about n (degree)")
+    lines.set_ylabel("E(n) − min E  (µeV/atom)")
+    lines.legend(fontsize=8, frameon=False)
+    lines.set_title(_constants(dataset), fontsize=9)
+    return figure
+
+
+def _unit(longitude: np.ndarray, latitude: np.ndarray) -> np.ndarray:
+    return np.stack(
+        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=-1
+    )
+
+
+def _expanded(dataset: xr.Dataset, directions: np.ndarray) -> np.ndarray:
+    """Sum the spherical harmonics of a dataset at directions (..., 3) in the lattice's frame, µeV/atom."""
+    from .anisotropy import real_harmonics
+
+    basis, _ = real_harmonics(directions.reshape(-1, 3))
+    return np.asarray(basis @ dataset["harmonics"].values).reshape(directions.shape[:-1])
+
+
+def _constants(dataset: xr.Dataset) -> str:
+    if "K" not in dataset:
+        return f"E(hard) − E(easy) = {float(dataset['mae']):.3g} µeV/atom"
+    parts = []
+    for name in dataset["constant"].values:
+        value = float(dataset["K"].sel(constant=name))
+        spread = f" ± {float(dataset['K_std'].sel(constant=name)):.1g}" if "K_std" in dataset else ""
+        parts.append(f"{name} = {value:.3g}{spread}")
+    return ", ".join(parts) + "  µeV/atom"
+
+
+def plot_eos(dataset: xr.Dataset) -> Figure:
+    """Draw E(V) of every state with its Birch-Murnaghan fit, and m(V)."""
+    from .eos import birch_murnaghan
+
+    figure = new_figure(6.0, 6.5)
+    upper: Any = figure.add_subplot(2, 1, 1)
+    lower: Any = figure.add_subplot(2, 1, 2, sharex=upper)
+    volumes = dataset["volume"].values
+    fine = np.linspace(volumes[0], volumes[-1], 200)
+    ground = float(dataset["E0"].sel(fit="birch_murnaghan").min())
+    for state, colour in zip(dataset["state"].values, COLOURS, strict=False):
+        one = dataset.sel(state=state)
+        fit = one.sel(fit="birch_murnaghan")
+        e0, v0, b0, b1 = (float(fit[k]) for k in ("E0", "V0", "B0", "B0_prime"))
+        from .conventions import GPA
+
+        upper.plot(volumes, 1e3 * (one["energy"].values - ground), "o", ms=4, color=colour, label=str(state))
+        upper.plot(fine, 1e3 * (birch_murnaghan(fine, e0, v0, b0 / GPA, b1) - ground), "-", color=colour, lw=1)
+        lower.plot(volumes, one["moment"].values, "o-", ms=4, color=colour, label=str(state))
+        if "energy_std" in dataset:
+            lower.fill_between(
+                volumes,
+                one["moment"].values - one["moment_std"].values,
+                one["moment"].values + one["moment_std"].values,
+                color=colour,
+                alpha=0.2,
+                lw=0,
+            )
+    upper.set_ylabel("E − E0  (meV/atom)")
+    upper.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    upper.legend(frameon=False)
+    lower.set_xlabel("volume (Å³/atom)")
+    lower.set_ylabel("|m|  (µB)")
+    return figure

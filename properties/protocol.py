@@ -1,0 +1,558 @@
+"""What the suite asks of an ASE calculator, and what it does where a calculator has less.
+
+Required is an ASE calculator with `energy` that reads `initial_magmoms`. Everything else (`forces`, `stress`,
+`magnetic_forces`, and the optional `evaluate_spins`, `evaluate_spirals`, `hessian`, `relax_moments`, `replace`,
+`members`, `default_moments`, `elements`, `provenance`) is used where present and otherwise replaced by loops and
+central differences.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, Literal, cast
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import CalculationFailed, CalculatorError, PropertyNotImplementedError
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.transform import Rotation
+
+from . import errors
+from .conventions import VOIGT
+
+Array = NDArray[np.float64]
+MomentMode = Literal["fixed", "magnitudes", "full"]
+MODES: tuple[MomentMode, ...] = ("fixed", "magnitudes", "full")
+
+MOMENT_STEP = 2e-3
+POSITION_STEP = 2e-3
+STRAIN_STEP = 1e-3
+MOMENT_TOLERANCE = 1e-7
+ZERO_MOMENT = 1e-8
+
+STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
+"""Offsets and weights of the five-point central difference, error of order h⁴."""
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Return a copy of a structure without calculator and constraints."""
+    copy = atoms.copy()
+    copy.set_constraint()
+    return copy
+
+
+def with_moments(atoms: Atoms, moments: ArrayLike) -> Atoms:
+    """Return a copy of a structure that carries other moments.
+
+    Parameters
+    ----------
+    atoms : the structure; it is not changed.
+    moments : shape (N, 3), or (N,) for collinear along z, in µB.
+    """
+    copy = bare(atoms)
+    copy.set_initial_magnetic_moments(None)
+    copy.set_initial_magnetic_moments(vectors(moments, len(atoms)))
+    return copy
+
+
+def vectors(moments: ArrayLike, n_atoms: int) -> Array:
+    """Return moments as vectors.
+
+    Parameters
+    ----------
+    moments : shape (N, 3), or (N,) for collinear along z, in µB.
+    n_atoms : N.
+
+    Returns
+    -------
+    Moments in µB, shape (N, 3).
+
+    Raises
+    ------
+    MomentError : wrong shape, or a value that is not finite.
+    """
+    array = np.asarray(moments, dtype=float)
+    if array.shape == (n_atoms,):
+        array = np.stack([np.zeros(n_atoms), np.zeros(n_atoms), array], axis=1)
+    if array.shape != (n_atoms, 3):
+        raise errors.MomentError(
+            f"moments have the shape {array.shape}, but {n_atoms} atoms need ({n_atoms},) or ({n_atoms}, 3)"
+        )
+    if not np.all(np.isfinite(array)):
+        bad = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        raise errors.MomentError(f"the moment of atom {bad} is not a finite number; give every atom a moment in µB")
+    return array
+
+
+def moments_of(atoms: Atoms) -> Array:
+    """Return the initial moments of a structure as vectors, shape (N, 3), in µB.
+
+    Raises
+    ------
+    MomentError : where the structure carries none.
+    """
+    if not atoms.has("initial_magmoms"):
+        raise errors.MomentError(
+            "the structure carries no magnetic moments; set them with atoms.set_initial_magnetic_moments"
+        )
+    return vectors(atoms.arrays["initial_magmoms"], len(atoms))
+
+
+def strained(atoms: Atoms, strain: Array) -> Atoms:
+    """Return a copy with cell and positions multiplied by 1 + ε, moments unchanged; `strain` has shape (3, 3)."""
+    copy = bare(atoms)
+    copy.set_cell(atoms.cell[:] @ (np.eye(3) + strain).T)
+    copy.set_positions(atoms.positions @ (np.eye(3) + strain).T)
+    return copy
+
+
+def voigt_strain(component: int, size: float) -> Array:
+    """Return the symmetric strain tensor, shape (3, 3), of one Voigt component (engineering shear γ = 2ε)."""
+    strain = np.zeros((3, 3))
+    i, j = VOIGT[component]
+    strain[i, j] += size / 2
+    strain[j, i] += size / 2
+    return strain
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Turn a calculator's refusal into an error of the suite that keeps its sentence."""
+    try:
+        yield
+    except errors.PropertyError:
+        raise
+    except PropertyNotImplementedError as error:
+        raise errors.CalculatorError(f"the calculator does not give {what}") from error
+    except (ValueError, CalculatorError, CalculationFailed) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise errors.CalculatorError(message) from error
+
+
+class SpinCalculator:
+    """An ASE calculator seen through the protocol, with fallbacks for what it lacks.
+
+    Evaluations are always at the moments given: a calculator that relaxes moments by itself is asked for a
+    copy that does not, and its mode is kept in `mode`.
+
+    Parameters
+    ----------
+    calculator : an ASE calculator.
+    """
+
+    def __init__(self, calculator: Any) -> None:
+        mode = getattr(calculator, "moments", "fixed")
+        self.mode: MomentMode = cast(MomentMode, mode) if mode in MODES else "fixed"
+        if self.mode != "fixed":
+            if not hasattr(calculator, "replace"):
+                raise errors.CalculatorError(
+                    f"the calculator relaxes moments ('{mode}') and has no replace(moments='fixed'); "
+                    "give one that keeps them"
+                )
+            calculator = calculator.replace(moments="fixed")
+        self.calculator = calculator
+        self._scratch: Any = None
+
+    def has(self, capability: str) -> bool:
+        """Say whether the calculator itself has an optional capability, or gives an ASE property."""
+        if capability in ("energy", "forces", "stress", "magnetic_forces"):
+            return capability in getattr(self.calculator, "implemented_properties", ())
+        return callable(getattr(self.calculator, capability, None))
+
+    @property
+    def soc(self) -> bool | None:
+        """Whether spin-orbit coupling is on; None where the calculator does not say."""
+        value = getattr(self.calculator, "soc", None)
+        return None if value is None else bool(value)
+
+    @property
+    def elements(self) -> tuple[str, ...] | None:
+        """Elements the calculator knows; None where it does not say."""
+        value = getattr(self.calculator, "elements", None)
+        return None if value is None else tuple(value)
+
+    @property
+    def default_moments(self) -> dict[str, float] | None:
+        """Typical |m| in µB per element; None where the calculator does not say."""
+        value = getattr(self.calculator, "default_moments", None)
+        return None if value is None else {str(k): float(v) for k, v in dict(value).items()}
+
+    @property
+    def members(self) -> list["SpinCalculator"]:
+        """The committee as single calculators; the calculator alone where it has none."""
+        members = getattr(self.calculator, "members", None)
+        if members is None or len(members) < 2:
+            return [self]
+        wrapped = [SpinCalculator(m) for m in members]
+        for member in wrapped:
+            member.mode = self.mode
+        return wrapped
+
+    def provenance(self) -> dict[str, str | float | int]:
+        """What the calculator says about itself, and its class."""
+        own = self.calculator.provenance() if self.has("provenance") else {}
+        return {"calculator": type(self.calculator).__name__, **own}
+
+    def replace(self, **changes: Any) -> "SpinCalculator":
+        """Return a calculator that shares the model and has options changed.
+
+        Raises
+        ------
+        CalculatorError : where the calculator cannot do it.
+        """
+        if not self.has("replace"):
+            wanted = ", ".join(f"{k}={v}" for k, v in changes.items())
+            raise errors.CalculatorError(f"the calculator has no replace(); make one with {wanted} yourself")
+        with _asking("replace"):
+            other = SpinCalculator(self.calculator.replace(**changes))
+        if "moments" not in changes:
+            other.mode = self.mode
+        return other
+
+    def _property(self, name: str, atoms: Atoms, moments: Array) -> Any:
+        with _asking(name):
+            return self.calculator.get_property(name, with_moments(atoms, moments))
+
+    def energy(self, atoms: Atoms, moments: ArrayLike) -> float:
+        """Return the energy in eV at moments of shape (N, 3) in µB."""
+        return float(self._property("energy", atoms, vectors(moments, len(atoms))))
+
+    def forces(self, atoms: Atoms, moments: ArrayLike) -> Array:
+        """Return the forces, shape (N, 3), in eV/Å, at moments of shape (N, 3) in µB."""
+        m = vectors(moments, len(atoms))
+        if self.has("forces"):
+            return np.asarray(self._property("forces", atoms, m), dtype=float)
+        return -self._gradient(lambda x: self.energy(_at_positions(atoms, x), m), atoms.positions, POSITION_STEP)
+
+    def stress(self, atoms: Atoms, moments: ArrayLike) -> Array:
+        """Return the stress dE/dε/V, Voigt, shape (6,), in eV/Å³, at moments of shape (N, 3) in µB."""
+        m = vectors(moments, len(atoms))
+        if self.has("stress"):
+            value = np.asarray(self._property("stress", atoms, m), dtype=float)
+            return value if value.shape == (6,) else np.array([value[i, j] for i, j in VOIGT])
+        return np.array(
+            [
+                sum(w * self.energy(strained(atoms, voigt_strain(v, k * STRAIN_STEP)), m) for k, w in STENCIL)
+                for v in range(6)
+            ]
+        ) / (STRAIN_STEP * atoms.get_volume())
+
+    def strain_gradient(self, atoms: Atoms, moments: ArrayLike) -> Array:
+        """Return dE/dε (engineering Voigt strain), shape (6,), in eV, at moments of shape (N, 3) in µB."""
+        return self.stress(atoms, moments) * atoms.get_volume()
+
+    def magnetic_forces(self, atoms: Atoms, moments: ArrayLike) -> Array:
+        """Return -dE/dm, shape (N, 3), in eV/µB, at moments of shape (N, 3) in µB."""
+        m = vectors(moments, len(atoms))
+        if self.has("magnetic_forces"):
+            return np.asarray(self._property("magnetic_forces", atoms, m), dtype=float)
+        return -self._gradient(lambda x: self.energy(atoms, x), m, MOMENT_STEP)
+
+    @staticmethod
+    def _gradient(function: Callable[[Array], float], x: Array, step: float) -> Array:
+        gradient = np.zeros(x.shape)
+        for index in np.ndindex(*x.shape):
+            for k, weight in STENCIL:
+                shifted = x.copy()
+                shifted[index] += k * step
+                gradient[index] += weight * function(shifted) / step
+        return gradient
+
+    def evaluate_spins(self, atoms: Atoms, moments: ArrayLike) -> dict[str, Array]:
+        """Evaluate many spin configurations on one geometry.
+
+        Parameters
+        ----------
+        atoms : the structure.
+        moments : shape (B, N, 3), in µB.
+
+        Returns
+        -------
+        ``energy`` (B,) in eV, ``magnetic_forces`` (B, N, 3) in eV/µB, and where the calculator has site
+        energies ``energies`` (B, N) in eV.
+        """
+        m = np.asarray(moments, dtype=float)
+        if m.ndim != 3 or m.shape[1:] != (len(atoms), 3):
+            raise errors.MomentError(f"moments have the shape {m.shape}, but must be (B, {len(atoms)}, 3)")
+        if self.has("evaluate_spins"):
+            with _asking("evaluate_spins"):
+                found = self.calculator.evaluate_spins(with_moments(atoms, m[0]), m)
+            return {k: np.asarray(v, dtype=float) for k, v in found.items()}
+        result = {
+            "energy": np.array([self.energy(atoms, x) for x in m]),
+            "magnetic_forces": np.array([self.magnetic_forces(atoms, x) for x in m]),
+        }
+        if "energies" in getattr(self.calculator, "implemented_properties", ()):
+            result["energies"] = np.array([self._property("energies", atoms, x) for x in m], dtype=float)
+        return result
+
+    def evaluate_spirals(self, atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int = 64) -> dict[str, Array]:
+        """Evaluate spirals whose moments turn by 2π q·S about `axis` in the cell shifted by S.
+
+        Parameters
+        ----------
+        atoms : the primitive cell; its initial moments are those of S = 0 (their part along `axis` is the cone).
+        q : wave vectors in fractional reciprocal coordinates, shape (Q, 3).
+        axis : shape (3,).
+        max_cells : largest supercell where the calculator has no spirals of its own and a commensurate
+            supercell replaces them.
+
+        Returns
+        -------
+        ``energy`` (Q,) in eV per given cell, ``magnetic_forces`` (Q, N, 3) in eV/µB of the cell S = 0.
+
+        Raises
+        ------
+        CalculatorError : a q that fits no supercell of `max_cells` cells and a calculator without spirals.
+        """
+        waves = np.asarray(q, dtype=float).reshape(-1, 3)
+        direction = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
+        if self.has("evaluate_spirals"):
+            with _asking("evaluate_spirals"):
+                found = self.calculator.evaluate_spirals(atoms, waves, direction)
+            return {k: np.asarray(v, dtype=float) for k, v in found.items()}
+        energies, fields = [], []
+        for wave in waves:
+            cell, count = spiral_supercell(atoms, wave, direction, max_cells)
+            moments = moments_of(cell)
+            energies.append(self.energy(cell, moments) / count)
+            fields.append(self.magnetic_forces(cell, moments)[: len(atoms)])
+        return {"energy": np.array(energies), "magnetic_forces": np.array(fields)}
+
+    def hessian(self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm")) -> dict[str, Array]:
+        """Return blocks of second derivatives of E at the structure's moments.
+
+        Parameters
+        ----------
+        atoms : the structure with its moments.
+        blocks : among rr, rm, mm, ee, er, em (r positions, m moments, e engineering Voigt strain).
+
+        Returns
+        -------
+        rr, rm, mm of shape (N, 3, N, 3); ee (6, 6); er, em (6, N, 3); in eV per Å, µB and unit strain. The
+        second derivative with strain is that of E(ε) under the cell matrix 1 + ε with ε symmetric.
+        """
+        unknown = set(blocks) - {"rr", "rm", "mm", "ee", "er", "em"}
+        if unknown:
+            name = sorted(unknown)[0]
+            raise errors.OptionError(f"no Hessian block '{name}'; known: rr, rm, mm, ee, er, em")
+        if self.has("hessian"):
+            with _asking("hessian"):
+                found = self.calculator.hessian(atoms, blocks=tuple(blocks))
+            return {k: np.asarray(found[k], dtype=float) for k in blocks}
+        m, n = moments_of(atoms), len(atoms)
+        result: dict[str, Array] = {}
+        for block in blocks:
+            if block in ("rr", "mm", "rm"):
+                out = np.zeros((n, 3, n, 3))
+                for i, a in itertools.product(range(n), range(3)):
+                    for k, weight in STENCIL:
+                        if block == "mm":
+                            shifted = m.copy()
+                            shifted[i, a] += k * MOMENT_STEP
+                            out[i, a] -= weight / MOMENT_STEP * self.magnetic_forces(atoms, shifted)
+                        else:
+                            positions = atoms.positions.copy()
+                            positions[i, a] += k * POSITION_STEP
+                            moved = _at_positions(atoms, positions)
+                            force = self.forces(moved, m) if block == "rr" else self.magnetic_forces(moved, m)
+                            out[i, a] -= weight / POSITION_STEP * force
+                if block != "rm":
+                    out = (out + out.transpose(2, 3, 0, 1)) / 2
+            else:
+                out = np.zeros((6, 6) if block == "ee" else (6, n, 3))
+                for v in range(6):
+                    for k, weight in STENCIL:
+                        strain = voigt_strain(v, k * STRAIN_STEP)
+                        cell = strained(atoms, strain)
+                        factor = weight / STRAIN_STEP
+                        if block == "ee":
+                            out[v] += factor * pulled_back(self.strain_gradient(cell, m), strain)
+                        elif block == "er":
+                            out[v] -= factor * self.forces(cell, m) @ (np.eye(3) + strain)
+                        else:
+                            out[v] -= factor * self.magnetic_forces(cell, m)
+                if block == "ee":
+                    out = (out + out.T) / 2
+            result[block] = out
+        return result
+
+    def relax_moments(self, images: Sequence[Atoms], mode: MomentMode) -> list[Array]:
+        """Relax the moments of many structures, positions fixed, from their initial moments.
+
+        Parameters
+        ----------
+        images : structures with moments; they are not changed.
+        mode : ``"fixed"`` returns the moments given, ``"magnitudes"`` keeps the directions (a moment that is zero
+            stays zero), ``"full"`` relaxes every component.
+
+        Returns
+        -------
+        Moments in µB, one array (N, 3) per structure.
+
+        Raises
+        ------
+        ConvergenceError : where the projected magnetic force stays above 1e-7 eV/µB.
+        """
+        if mode not in MODES:
+            raise errors.OptionError(f"no moment mode '{mode}'{errors.did_you_mean(mode, MODES)}")
+        if mode == "fixed":
+            return [moments_of(a) for a in images]
+        if self.has("relax_moments"):
+            with _asking("relax_moments"):
+                return [np.asarray(m, dtype=float) for m in self.calculator.relax_moments(list(images), mode)]
+        return [self._relax_one(a, mode) for a in images]
+
+    def _relax_one(self, atoms: Atoms, mode: MomentMode) -> Array:
+        start = moments_of(atoms)
+        if mode == "full":
+            basis = np.eye(start.size).reshape(start.size, *start.shape)
+        else:
+            lengths = np.linalg.norm(start, axis=1)
+            carrying = np.flatnonzero(lengths > ZERO_MOMENT)
+            basis = np.zeros((len(carrying), *start.shape))
+            basis[np.arange(len(carrying)), carrying] = start[carrying] / lengths[carrying, None]
+
+        def moments(x: Array) -> Array:
+            return start + np.tensordot(x, basis, axes=1)
+
+        def gradient(x: Array) -> Array:
+            return -np.tensordot(basis, self.magnetic_forces(atoms, moments(x)), axes=2)
+
+        def hessian(x: Array) -> Array:
+            if self.has("hessian"):
+                block = self.hessian(with_moments(atoms, moments(x)), ("mm",))["mm"]
+                return np.einsum("aij,ijkl,bkl->ab", basis, block, basis)
+            rows = []
+            for unit in np.eye(len(x)):
+                rows.append(sum(w * gradient(x + k * MOMENT_STEP * unit) for k, w in STENCIL) / MOMENT_STEP)
+            matrix = np.array(rows)
+            return (matrix + matrix.T) / 2
+
+        x = minimise(
+            lambda y: self.energy(atoms, moments(y)),
+            gradient,
+            hessian,
+            np.zeros(len(basis)),
+            tolerance=MOMENT_TOLERANCE,
+            max_step=0.3,
+            what="the moments",
+            unit="eV/µB",
+        )
+        return moments(x)
+
+
+def minimise(
+    energy: Callable[[Array], float],
+    gradient: Callable[[Array], Array],
+    hessian: Callable[[Array], Array],
+    start: Array,
+    *,
+    tolerance: float,
+    max_step: float,
+    what: str,
+    unit: str,
+    max_iterations: int = 100,
+) -> Array:
+    """Minimise by Newton steps on the Hessian with its negative curvatures turned round.
+
+    Parameters
+    ----------
+    energy, gradient, hessian : functions of x, shape (n,).
+    start : shape (n,).
+    tolerance : largest absolute gradient component accepted.
+    max_step : longest step.
+    what, unit : for the message of the error.
+    max_iterations : steps before giving up.
+
+    Returns
+    -------
+    x at the minimum, shape (n,).
+
+    Raises
+    ------
+    ConvergenceError : holds the residual.
+    """
+    x = np.array(start, dtype=float)
+    if x.size == 0:
+        return x
+    value, slope = energy(x), gradient(x)
+    for _ in range(max_iterations):
+        if np.abs(slope).max() <= tolerance:
+            return x
+        curvature, modes = np.linalg.eigh(hessian(x))
+        floor = 1e-6 * max(np.abs(curvature).max(), 1e-12)
+        amplitudes = modes.T @ slope
+        step = -modes @ np.where(np.abs(curvature) > floor, amplitudes / np.maximum(np.abs(curvature), floor), 0.0)
+        length = np.linalg.norm(step)
+        if length > max_step:
+            step *= max_step / length
+        for _ in range(30):
+            trial = energy(x + step)
+            if trial <= value + 1e-4 * slope @ step + 1e-12 * max(1.0, abs(value)):
+                break
+            step = step / 2
+        x = x + step
+        value, slope = trial, gradient(x)
+    residual = np.abs(slope).max()
+    if residual <= tolerance:
+        return x
+    raise errors.ConvergenceError(
+        f"{what} did not converge in {max_iterations} steps: the largest residual is {residual:.1e} {unit}, "
+        f"above {tolerance:.0e}; start from other moments"
+    )
+
+
+def spiral_supercell(atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int = 64) -> tuple[Atoms, int]:
+    """Return the smallest diagonal supercell that holds a commensurate spiral.
+
+    Parameters
+    ----------
+    atoms : the primitive cell with the moments of S = 0.
+    q : fractional reciprocal coordinates, shape (3,).
+    axis : shape (3,).
+    max_cells : largest number of cells.
+
+    Returns
+    -------
+    The supercell with its moments (the cell S = 0 first), and the number of cells.
+    """
+    wave = np.asarray(q, dtype=float)
+    fractions = [Fraction(float(x)).limit_denominator(max_cells) for x in wave]
+    repeats = [f.denominator for f in fractions]
+    count = int(np.prod(repeats))
+    if count > max_cells or not np.allclose([float(f) for f in fractions], wave, atol=1e-9):
+        raise errors.CalculatorError(
+            f"the spiral q = ({', '.join(f'{x:g}' for x in wave)}) fits no supercell of {max_cells} cells, and the "
+            "calculator has no evaluate_spirals; choose a commensurate q or a larger limit"
+        )
+    moments = moments_of(atoms)
+    unit = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
+    positions, turned = [], []
+    for shift in itertools.product(*(range(r) for r in repeats)):
+        rotation = Rotation.from_rotvec(2 * np.pi * (wave @ np.array(shift)) * unit)
+        positions.append(atoms.positions + np.array(shift) @ atoms.cell[:])
+        turned.append(rotation.apply(moments))
+    cell = Atoms(
+        numbers=np.tile(atoms.numbers, count),
+        positions=np.concatenate(positions),
+        cell=atoms.cell[:] * np.array(repeats)[:, None],
+        pbc=True,
+    )
+    return with_moments(cell, np.concatenate(turned)), count
+
+
+def _at_positions(atoms: Atoms, positions: Array) -> Atoms:
+    copy = bare(atoms)
+    copy.set_positions(positions)
+    return copy
+
+
+def pulled_back(gradient: Array, strain: Array) -> Array:
+    """Turn dE/dη on top of a strain ε into dE/dε, both engineering Voigt, shape (6,)."""
+    tensor = np.zeros((3, 3))
+    for v, (i, j) in enumerate(VOIGT):
+        tensor[i, j] = tensor[j, i] = gradient[v]
+    pulled = tensor @ np.linalg.inv(np.eye(3) + strain)
+    return np.array([(pulled[i, j] + pulled[j, i]) / 2 for i, j in VOIGT])

@@ -1,0 +1,404 @@
+"""Reading structures with their moments, checking them, and stating a guess where moments are missing."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import comb
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
+from ase.io import read
+from ase.neighborlist import neighbor_list
+from numpy.typing import NDArray
+
+from .errors import MomentError, OptionError, StructureError, did_you_mean
+from .protocol import ZERO_MOMENT, SpinCalculator, bare, moments_of, vectors, with_moments
+
+Array = NDArray[np.float64]
+Order = Literal["fm", "afm", "auto"]
+ORDERS: tuple[Order, ...] = ("fm", "afm", "auto")
+
+OVERLAP = 0.4
+"""Two atoms closer than this part of the sum of their covalent radii overlap."""
+LARGEST_MOMENT = 12.0
+"""No atom carries more, in µB."""
+ENUMERATED_SITES = 16
+
+
+@dataclass(frozen=True)
+class Start:
+    """A structure to compute, with its moments and where they came from.
+
+    Parameters
+    ----------
+    atoms : structure with moments of shape (N, 3) in µB.
+    origin : one sentence about the moments, printed and stored.
+    order : ``fm``, ``afm``, or ``given``.
+    """
+
+    atoms: Atoms
+    origin: str
+    order: str
+
+
+def formula(atoms: Atoms) -> str:
+    """Return the chemical formula with the elements in the order of the structure."""
+    symbols = atoms.get_chemical_symbols()
+    counts = {s: symbols.count(s) for s in dict.fromkeys(symbols)}
+    return "".join(f"{s}{k if k > 1 else ''}" for s, k in counts.items())
+
+
+def read_structure(path: str | Path) -> Atoms:
+    """Read a structure with its moments from CIF, magCIF, POSCAR, extxyz, or anything else ASE reads.
+
+    Parameters
+    ----------
+    path : the file; of several images the last is taken.
+
+    Returns
+    -------
+    The structure; it carries initial moments where the file does (in µB, Cartesian).
+
+    Raises
+    ------
+    StructureError : no such file, not readable, or sites with partial occupancy.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise StructureError(f"there is no structure file '{path}'; check the path")
+    try:
+        is_cif = file.suffix.lower() in (".cif", ".mcif")
+        text = file.read_text(errors="replace") if is_cif else ""
+        if "_atom_site_moment" in text:
+            atoms = _read_magcif(text)
+        else:
+            found = read(file, format="cif" if is_cif else None)
+            atoms = found[-1] if isinstance(found, list) else found
+            if is_cif:
+                _refuse_partial(atoms, file)
+    except StructureError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StructureError(
+            f"the structure file '{path}' cannot be read ({reason[:160]}); "
+            "give CIF, POSCAR, extxyz or another format of ASE"
+        ) from error
+    if not isinstance(atoms, Atoms) or len(atoms) == 0:
+        raise StructureError(f"the structure file '{path}' holds no atoms")
+    moments = _file_moments(atoms)
+    clean = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    return clean if moments is None else with_moments(clean, moments)
+
+
+def _file_moments(atoms: Atoms) -> Array | None:
+    if atoms.has("initial_magmoms"):
+        return np.asarray(atoms.arrays["initial_magmoms"], dtype=float)
+    results = getattr(atoms.calc, "results", {}) if atoms.calc is not None else {}
+    return np.asarray(results["magmoms"], dtype=float) if "magmoms" in results else None
+
+
+def _refuse_partial(atoms: Atoms, file: Path) -> None:
+    for site, kinds in (atoms.info.get("occupancy") or {}).items():
+        if len(kinds) > 1 or abs(sum(kinds.values()) - 1.0) > 1e-3:
+            species = " + ".join(f"{symbol} {share:g}" for symbol, share in kinds.items())
+            raise StructureError(
+                f"site {site} of '{file}' is partially occupied ({species}); give an ordered structure"
+            )
+
+
+def _read_magcif(text: str) -> Atoms:
+    from pymatgen.io.cif import CifParser
+
+    structure = CifParser.from_str(text).parse_structures(primitive=False)[0]
+    if not structure.is_ordered:
+        site = next(s for s in structure if not s.is_ordered)
+        raise StructureError(f"the site {site.species_string} is partially occupied; give an ordered structure")
+    atoms = Atoms(
+        symbols=[site.specie.symbol for site in structure],
+        positions=structure.cart_coords,
+        cell=structure.lattice.matrix,
+        pbc=True,
+    )
+    moments = [site.properties.get("magmom") for site in structure]
+    if any(m is not None for m in moments):
+        atoms.set_initial_magnetic_moments([_global_moment(m) for m in moments])
+    return atoms
+
+
+def _global_moment(moment: Any) -> Array:
+    if moment is None:
+        return np.zeros(3)
+    if hasattr(moment, "global_moment"):
+        return np.asarray(moment.global_moment, dtype=float)
+    return (
+        np.broadcast_to(np.asarray(moment, dtype=float), (3,)) if np.ndim(moment) else np.array([0, 0, float(moment)])
+    )
+
+
+def check_structure(atoms: Atoms, calculator: SpinCalculator | None = None) -> Atoms:
+    """Check that a structure can carry a bulk property and that its moments are within range.
+
+    Parameters
+    ----------
+    atoms : the structure; it is not changed.
+    calculator : its elements and typical moments bound what is accepted.
+
+    Returns
+    -------
+    A clean copy without calculator and constraints.
+
+    Raises
+    ------
+    StructureError : no cell, not periodic, positions that are not finite, overlapping atoms, unknown element.
+    MomentError : moments of wrong shape, not finite, or far out of range.
+    """
+    if len(atoms) == 0:
+        raise StructureError("the structure holds no atoms")
+    if not np.all(np.isfinite(atoms.positions)):
+        bad = int(np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))[0])
+        raise StructureError(f"the position of atom {bad} is not a finite number; correct the structure file")
+    if not np.all(np.isfinite(atoms.cell[:])):
+        raise StructureError("the cell holds a number that is not finite; correct the structure file")
+    if atoms.cell.rank < 3 or abs(np.linalg.det(atoms.cell[:])) < 1e-3:
+        raise StructureError("the structure has no cell in three dimensions, which a bulk property needs; give one")
+    if not all(atoms.pbc):
+        raise StructureError("the structure is not periodic in all three directions; set pbc for a bulk property")
+    if calculator is not None and calculator.elements is not None:
+        for symbol in dict.fromkeys(atoms.get_chemical_symbols()):
+            if symbol not in calculator.elements:
+                raise StructureError(
+                    f"the model does not know the element {symbol}; it knows {', '.join(calculator.elements)}"
+                )
+    _refuse_overlap(atoms)
+    copy = bare(atoms)
+    copy.info = {}
+    if atoms.has("initial_magmoms"):
+        copy = with_moments(copy, moments_of(atoms))
+        _refuse_far_moments(copy, calculator)
+    return copy
+
+
+def _refuse_overlap(atoms: Atoms) -> None:
+    radii = {s: OVERLAP * float(covalent_radii[atomic_numbers[s]]) for s in set(atoms.get_chemical_symbols())}
+    cutoff = {(a, b): radii[a] + radii[b] for a in radii for b in radii}
+    i, j, d = neighbor_list("ijd", bare(atoms), cutoff)
+    if len(d):
+        worst = int(np.argmin(d))
+        symbols = atoms.get_chemical_symbols()
+        a, b = int(i[worst]), int(j[worst])
+        raise StructureError(
+            f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) overlap: they are {d[worst]:.2f} Å apart; "
+            "correct the positions or the cell"
+        )
+
+
+def _refuse_far_moments(atoms: Atoms, calculator: SpinCalculator | None) -> None:
+    typical = (calculator.default_moments if calculator is not None else None) or {}
+    for k, (symbol, length) in enumerate(
+        zip(atoms.get_chemical_symbols(), np.linalg.norm(moments_of(atoms), axis=1), strict=True)
+    ):
+        limit = min(3.0 * typical[symbol] + 1.0, LARGEST_MOMENT) if symbol in typical else LARGEST_MOMENT
+        if length > limit:
+            raise MomentError(
+                f"the moment of atom {k} ({symbol}) is {length:g} µB, far outside the range of {limit:g} µB; "
+                "give moments in µB"
+            )
+
+
+def parse_moments(text: str) -> dict[str, float]:
+    """Read a table of moments such as ``Fe=2.2,Al=0``.
+
+    Returns
+    -------
+    |m| in µB per element (negative turns the moments of that element round).
+
+    Raises
+    ------
+    OptionError : not of that form, or not an element.
+    """
+    table: dict[str, float] = {}
+    for part in text.split(","):
+        symbol, _, value = (x.strip() for x in part.partition("="))
+        if symbol not in chemical_symbols[1:]:
+            raise OptionError(f"'{part.strip()}' names no element; write moments as Fe=2.2,Al=0")
+        try:
+            table[symbol] = float(value)
+        except ValueError:
+            raise OptionError(f"'{part.strip()}' gives no number in µB; write moments as Fe=2.2,Al=0") from None
+        if not np.isfinite(table[symbol]):
+            raise OptionError(f"the moment of {symbol} is not a finite number")
+    return table
+
+
+def read_moments(path: str | Path, n_atoms: int) -> Array:
+    """Read moments from a text file of N rows (one number, or x y z, in µB) or from a structure file.
+
+    Returns
+    -------
+    Moments in µB, shape (N, 3).
+
+    Raises
+    ------
+    MomentError : unreadable, or of wrong length.
+    """
+    try:
+        found = np.loadtxt(path, ndmin=2)
+        moments = found[:, 0] if found.shape[1] == 1 else found
+    except (OSError, ValueError, UnicodeDecodeError):
+        try:
+            atoms = read_structure(path)
+        except StructureError as error:
+            raise MomentError(
+                f"no moments can be read from '{path}'; give rows of numbers in µB, or a structure with moments"
+            ) from error
+        if not atoms.has("initial_magmoms"):
+            raise MomentError(f"the structure in '{path}' carries no moments") from None
+        moments = moments_of(atoms)
+    return vectors(moments, n_atoms)
+
+
+def start_structure(
+    atoms: Atoms,
+    calculator: SpinCalculator,
+    *,
+    order: str | None = None,
+    table: Mapping[str, float] | None = None,
+    moments: Array | None = None,
+) -> Start:
+    """Decide the moments that a calculation starts from, and say how.
+
+    Parameters
+    ----------
+    atoms : the structure, with or without moments.
+    calculator : gives typical |m| per element, and the energies that ``auto`` compares.
+    order : ``fm``, ``afm``, ``auto``; None keeps moments that are given and is ``auto`` where there are none.
+    table : |m| in µB per element, over the calculator's own.
+    moments : moments in µB, shape (N, 3) or (N,), over those of the structure.
+
+    Raises
+    ------
+    MomentError : nothing says how large the moments are, or the cell holds no such order.
+    OptionError : no such order, or an order together with explicit moments.
+    """
+    if order is not None and order not in ORDERS:
+        raise OptionError(f"no magnetic order '{order}'{did_you_mean(order, ORDERS)}")
+    atoms = check_structure(atoms, calculator)
+    if moments is not None:
+        if order is not None or table is not None:
+            raise OptionError("moments from a file leave no room for an order or a table of moments; give one of them")
+        return Start(check_structure(with_moments(atoms, moments), calculator), "moments from the file given", "given")
+    if order is None and table is None and atoms.has("initial_magmoms"):
+        return Start(atoms, "moments of the structure file", "given")
+    lengths, source = _lengths(atoms, calculator, table)
+    wanted = order or "auto"
+    if not np.any(np.abs(lengths) > ZERO_MOMENT):
+        return Start(with_moments(atoms, np.zeros((len(atoms), 3))), f"no element carries a moment ({source})", "nm")
+    if wanted != "auto":
+        return _guess(atoms, calculator, lengths, wanted, source)
+    fm = _guess(atoms, calculator, lengths, "fm", source)
+    try:
+        afm = _guess(atoms, calculator, lengths, "afm", source)
+    except MomentError:
+        return replace(fm, origin=f"{fm.origin}; the cell holds no antiferromagnetic order")
+    energies = [calculator.energy(s.atoms, moments_of(s.atoms)) / len(atoms) for s in (fm, afm)]
+    lower = fm if energies[0] <= energies[1] else afm
+    return replace(
+        lower, origin=f"{lower.origin}, the lower of fm and afm by {1e3 * abs(energies[0] - energies[1]):.3g} meV/atom"
+    )
+
+
+def _lengths(atoms: Atoms, calculator: SpinCalculator, table: Mapping[str, float] | None) -> tuple[Array, str]:
+    known = dict(calculator.default_moments or {})
+    symbols = atoms.get_chemical_symbols()
+    for symbol in table or {}:
+        if symbol not in symbols:
+            raise OptionError(f"moments are given for {symbol}, which the structure does not hold")
+    known.update(table or {})
+    missing = [s for s in dict.fromkeys(symbols) if s not in known]
+    if missing:
+        raise MomentError(
+            f"nothing says how large the moment of {missing[0]} is; give it, for example --moments {missing[0]}=2.0"
+        )
+    source = ", ".join(f"{s} {known[s]:g}" for s in dict.fromkeys(symbols))
+    return np.array([known[s] for s in symbols]), f"{source} µB"
+
+
+def _guess(atoms: Atoms, calculator: SpinCalculator, lengths: Array, order: str, source: str) -> Start:
+    signs = np.ones(len(atoms)) if order == "fm" else antiferromagnetic_signs(atoms, lengths)
+    guessed = check_structure(with_moments(atoms, signs * lengths), calculator)
+    return Start(guessed, f"{order} guess along z with {source}", order)
+
+
+def antiferromagnetic_signs(atoms: Atoms, lengths: Array) -> Array:
+    """Return the compensated collinear order with the most antiparallel near neighbours.
+
+    Pairs of magnetic sites count with the weight (d_min / d)¹², so that the nearest shell decides and farther
+    ones break ties; periodic images of a site count as parallel.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    lengths : |m| in µB, shape (N,); sites with zero are left out.
+
+    Returns
+    -------
+    Signs, shape (N,), +1 on the first magnetic site and on sites without moment.
+
+    Raises
+    ------
+    MomentError : the cell has no even number of magnetic sites, or too many to try.
+    """
+    magnetic = np.flatnonzero(np.abs(lengths) > ZERO_MOMENT)
+    n = len(magnetic)
+    if n < 2 or n % 2:
+        raise MomentError(
+            f"a cell with {n} magnetic site{'s' if n != 1 else ''} holds no antiferromagnetic order; "
+            "give a cell with an even number, or moments"
+        )
+    sub = bare(atoms)[magnetic]
+    reach = 1.0
+    while not len(neighbor_list("i", sub, reach)):
+        reach *= 1.3
+    i, j, d = neighbor_list("ijd", sub, 2.0 * reach)
+    weights = np.zeros((n, n))
+    np.add.at(weights, (i, j), (d.min() / d) ** 12)
+    if n <= ENUMERATED_SITES:
+        flipped = itertools.combinations(range(1, n), n // 2)
+        patterns = np.ones((comb(n - 1, n // 2), n))
+        for row, chosen in enumerate(flipped):
+            patterns[row, list(chosen)] = -1.0
+    else:
+        patterns = _coloured(weights)
+    energies = np.einsum("pi,ij,pj->p", patterns, weights, patterns)
+    signs = np.ones(len(atoms))
+    signs[magnetic] = patterns[int(np.argmin(np.round(energies, 9)))]
+    return signs
+
+
+def _coloured(weights: Array) -> Array:
+    """Two-colour the graph of nearest neighbours, shape (1, n)."""
+    n = len(weights)
+    near = weights > 0.3 * weights.max()
+    colour = np.zeros(n)
+    for root in range(n):
+        if colour[root]:
+            continue
+        colour[root] = 1.0
+        stack = [root]
+        while stack:
+            a = stack.pop()
+            for b in np.flatnonzero(near[a]):
+                if colour[b] == 0:
+                    colour[b] = -colour[a]
+                    stack.append(int(b))
+                elif colour[b] == colour[a]:
+                    raise MomentError(
+                        f"the {n} magnetic sites have no order with all neighbours antiparallel; give the moments"
+                    )
+    if abs(colour.sum()) > 0:
+        raise MomentError(f"the {n} magnetic sites have no compensated order of neighbours; give the moments")
+    return colour[None]

@@ -1,0 +1,148 @@
+"""The symmetry of a collinear moment pattern that turns freely against the lattice, and its frame."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import spglib
+from ase import Atoms
+from numpy.typing import NDArray
+
+from .errors import StructureError
+
+Array = NDArray[np.float64]
+
+ANGLE = 1e-3
+"""Two unit vectors closer than this are one."""
+
+
+@dataclass(frozen=True)
+class PatternSymmetry:
+    """Point symmetry of E(n) for a pattern with signs ±: rotations that keep the pattern up to a global sign.
+
+    Parameters
+    ----------
+    rotations : shape (G, 3, 3), proper or not, Cartesian.
+    system : cubic, hexagonal, tetragonal, trigonal, orthorhombic, monoclinic or triclinic.
+    frame : orthonormal right-handed rows x', y', z', Cartesian; z' is the principal axis, cubic axes where cubic.
+    """
+
+    rotations: Array
+    system: str
+    frame: Array
+
+
+def pattern_symmetry(atoms: Atoms, signs: Array, symprec: float, mag_symprec: float) -> PatternSymmetry:
+    """Find the symmetry of the energy of a collinear pattern as a function of its direction.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    signs : moments along the common axis in µB, shape (N,).
+    symprec, mag_symprec : tolerances in Å and µB.
+
+    Raises
+    ------
+    StructureError : spglib finds no symmetry at this tolerance.
+    """
+    lattice = atoms.cell[:]
+    cell = (lattice, atoms.get_scaled_positions(), atoms.numbers, np.asarray(signs, dtype=float))
+    found = spglib.get_magnetic_symmetry(cell, symprec=symprec, mag_symprec=mag_symprec, is_axial=False)
+    if found is None:
+        raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
+    integer = np.unique(np.asarray(found["rotations"], dtype=int), axis=0)
+    to_cartesian = lattice.T
+    rotations = np.array([to_cartesian @ w @ np.linalg.inv(to_cartesian) for w in integer])
+    primitive = spglib.standardize_cell(cell[:3], to_primitive=True, no_idealize=True, symprec=symprec)
+    basis = lattice if primitive is None else np.asarray(primitive[0])
+    system, frame = _frame(rotations, basis)
+    return PatternSymmetry(rotations, system, frame)
+
+
+def _axes(rotations: Array) -> dict[int, list[Array]]:
+    """Return the distinct rotation axes by their highest order."""
+    axes: list[tuple[Array, int]] = []
+    for matrix in rotations:
+        proper = matrix * np.sign(np.linalg.det(matrix))
+        order = {3: 1, 2: 6, 1: 4, 0: 3, -1: 2}[round(float(np.trace(proper)))]
+        if order == 1:
+            continue
+        values, vectors = np.linalg.eigh((proper + proper.T) / 2)
+        axis = _positive(vectors[:, int(np.argmax(values))])
+        for k, (other, highest) in enumerate(axes):
+            if abs(abs(axis @ other) - 1) < ANGLE:
+                axes[k] = (other, max(order, highest))
+                break
+        else:
+            axes.append((axis, order))
+    return {order: [a for a, highest in axes if highest == order] for order in (2, 3, 4, 6)}
+
+
+def _positive(axis: Array) -> Array:
+    """Turn an axis so that its largest component is positive."""
+    leading = np.flatnonzero(np.abs(axis) > np.abs(axis).max() - 1e-6)[0]
+    return axis / np.linalg.norm(axis) * np.sign(axis[leading])
+
+
+def _shortest_along(axis: Array, basis: Array, perpendicular: bool = False) -> tuple[float, Array]:
+    """Return length and direction of the shortest lattice vector along an axis, or perpendicular to it."""
+    grid = np.array([c for c in itertools.product(range(-4, 5), repeat=3) if any(c)])
+    vectors = grid @ basis
+    lengths = np.linalg.norm(vectors, axis=1)
+    along = np.abs(vectors @ axis) / lengths
+    chosen = along < ANGLE if perpendicular else along > 1 - ANGLE**2
+    if not chosen.any():
+        return np.inf, axis
+    best = np.flatnonzero(chosen)[int(np.argmin(np.round(lengths[chosen], 6)))]
+    return float(lengths[best]), vectors[best] / lengths[best]
+
+
+def _frame(rotations: Array, basis: Array) -> tuple[str, Array]:
+    axes = _axes(rotations)
+    if len(axes[3]) == 4:
+        cubic = axes[4] if len(axes[4]) == 3 else axes[2][:3]
+        order = [int(np.argmax([abs(c[k]) for c in cubic])) for k in range(3)]
+        rows = [cubic[k] for k in (order if len(set(order)) == 3 else range(3))]
+        return "cubic", _right_handed(np.array(rows))
+    for order_, system in ((6, "hexagonal"), (4, "tetragonal"), (3, "trigonal")):
+        if len(axes[order_]) == 1:
+            z = axes[order_][0]
+            candidates = [a for a in axes[2] if abs(a @ z) < ANGLE]
+            if candidates:
+                lengths = [round(_shortest_along(a, basis)[0], 4) for a in candidates]
+                x = candidates[int(np.lexsort(([-abs(a[0]) for a in candidates], lengths))[0])]
+            else:
+                x = _shortest_along(z, basis, perpendicular=True)[1]
+            return system, _completed(x, z)
+    if len(axes[2]) == 3:
+        lengths = [round(_shortest_along(a, basis)[0], 4) for a in axes[2]]
+        rows = [axes[2][k] for k in np.argsort(lengths, kind="stable")]
+        return "orthorhombic", _right_handed(np.array(rows))
+    if len(axes[2]) == 1:
+        z = axes[2][0]
+        return "monoclinic", _completed(_shortest_along(z, basis, perpendicular=True)[1], z)
+    return "triclinic", _completed(basis[0] / np.linalg.norm(basis[0]), np.cross(basis[0], basis[1]))
+
+
+def _completed(x: Array, z: Array) -> Array:
+    z = z / np.linalg.norm(z)
+    x = x - (x @ z) * z
+    x = x / np.linalg.norm(x)
+    return np.array([x, np.cross(z, x), z])
+
+
+def _right_handed(rows: Array) -> Array:
+    u, _, v = np.linalg.svd(rows)
+    frame = u @ v
+    if np.linalg.det(frame) < 0:
+        frame = frame * np.array([[1.0], [1.0], [-1.0]])
+    return frame
+
+
+def orbit(axis: Array, rotations: Array) -> Array:
+    """Return the distinct axes (sign left open) that the rotations make from one, shape (K, 3)."""
+    found: list[Array] = []
+    for image in rotations @ axis:
+        if not any(abs(abs(image @ f) - 1) < ANGLE for f in found):
+            found.append(_positive(image))
+    return np.array(found)
