@@ -138,7 +138,7 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     if not noncollinear and np.any(moments[:, :2]):
         raise LabelError(f"job {job.name!r}: moments off the z axis need a non-collinear recipe")
     constrained = [element in carriers for element in elements]
-    spin = "nspinor 2 nspden 4 nsppol 1 kptopt 3 pawspnorb 0" if noncollinear else "nsppol 2 nspden 2"
+    spin = "nspinor 2 nspden 4 nsppol 1 kptopt 4 pawspnorb 0" if noncollinear else "nsppol 2 nspden 2"
     if not any(constrained):
         spin = "nsppol 1 nspden 1"
     mesh = settings.get("kmesh") or kpoint_mesh(np.array(job.cell), settings["k_spacing"])
@@ -169,7 +169,7 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
         f"ecut {settings['ecut']} pawecutdg {settings['pawecutdg']} ecutsm {settings['ecutsm']}",
         f"occopt {settings['occopt']} tsmear {settings['tsmear']}",
         "ngkpt {} {} {} nshiftk 1 shiftk 0 0 0".format(*mesh),
-        f"iscf 7 tolvrs {settings['tolvrs']} nstep {settings['nstep']}",
+        f"fftalg 401 iscf 7 tolvrs {settings['tolvrs']} nstep {settings['nstep']}",
         "prtwf 0 prtden 0 prteig 0 prtebands 0 prtgsr 0",
     ]
     return "\n".join(lines) + "\n"
@@ -210,20 +210,27 @@ def parse_output(text: str, n: int) -> dict[str, Any]:
     }
     stress = _table(tail, "strten", 1, 6)[0] * (Hartree / Bohr**3)
     result["stress"] = stress.tolist()
-    spheres = re.findall(
-        r"Integrated electronic and magnetization densities in atomic spheres:\n(.*?)\n\s*-+\n\s*Sum:", text, re.S
-    )
-    if spheres and re.search(r"^\s+grspin\s", tail, re.M):
-        rows = [line.split() for line in spheres[-1].splitlines() if re.match(r"\s+\d+\s+\d\.\d+\s", line)]
-        header = next(line for line in spheres[-1].splitlines() if line.strip().startswith("Atom"))
-        moments = np.zeros((n, 3))
-        if "mx" in header:
-            moments[:] = [[float(x) for x in row[3:6]] for row in rows]
-        else:
-            moments[:, 2] = [float(row[5]) for row in rows]
-        result["moments"] = moments.tolist()
+    if re.search(r"^\s+grspin\s", tail, re.M):
+        result["moments"] = _sphere_moments(text, n).tolist()
         result["magnetic_forces"] = (-_table(tail, "grspin", n, 3) * Hartree).tolist()
     return result
+
+
+def _sphere_moments(text: str, n: int) -> np.ndarray:
+    """Moments (n, 3) in the constraint's spheres, µB, from the table that ABINIT prints after the SCF."""
+    table = text[text.rfind("Integrated electronic and magnetization densities in atomic spheres") :]
+    moments = np.zeros((n, 3))
+    noncollinear = "mag(x)" in table[: table.find("Gradient")]
+    for atom in range(n):
+        row = re.search(rf"^\s+{atom + 1}((?:\s+-?\d+\.\d+){{5}})", table, re.M)
+        if row is None:
+            raise LabelError(f"the ABINIT output gives no moment for atom {atom + 1}")
+        numbers = [float(x) for x in row[1].split()]
+        if noncollinear:
+            moments[atom] = numbers[2:5]
+        else:
+            moments[atom, 2] = numbers[4]
+    return moments
 
 
 def _table(text: str, key: str, rows: int, columns: int) -> np.ndarray:

@@ -40,7 +40,7 @@ def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atom
         Name, energy (meV/atom), forces (meV/Å), stress (GPa), magnetic forces (meV/µB).
     """
     frames = {atoms.info["name"]: atoms for atoms in references}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for job in plan.jobs:
         result = _good_result(plan, job, work)
         atoms = frames[job.name]

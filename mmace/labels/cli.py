@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import LabelError
-from . import check, systems
+from . import check
 from .files import check_checksums, read_labels, write_checksums, write_labels, write_text
 from .gate import collect
-from .plan import read_plan, write_plan
+from .plan import read_plan, read_splits, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, run_plan
+from .sampling import read_sampling
 
 WORK = "labels-work"
 
@@ -28,10 +29,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("label", help="make DFT labels: plan, run, collect, check")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    plan = actions.add_parser("plan", help="write a shipped sampling plan as JSON")
-    plan.add_argument("plan", choices=sorted(systems.PLANS), help="which plan")
-    plan.add_argument("-o", "--output", required=True, help="file to write")
+    plan = actions.add_parser("plan", help="expand a sampling file into a plan")
+    plan.add_argument("sampling", help="sampling file (JSON): lattices, distortions, moments, recipe")
+    plan.add_argument("-o", "--output", required=True, help="plan file to write")
     plan.set_defaults(run=_plan)
+
+    splits = actions.add_parser("splits", help="write the splits by parent of several plans to one file")
+    splits.add_argument("plans", nargs="+", help="plan files")
+    splits.add_argument("--given", help="JSON file with the splits of parents that come with no plan")
+    splits.add_argument("-o", "--output", required=True, help="JSON file to write")
+    splits.set_defaults(run=_splits)
 
     run = actions.add_parser("run", help="run the jobs of a plan that have no result yet; stop and start at any time")
     _add_run_options(run)
@@ -76,10 +83,18 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = systems.PLANS[args.plan]()
+    plan = read_sampling(args.sampling)
     write_plan(args.output, plan)
     splits = Counter(job.split for job in plan.jobs)
     print(f"{args.output}: {len(plan.jobs)} jobs ({', '.join(f'{n} {split}' for split, n in sorted(splits.items()))})")
+    return 0
+
+
+def _splits(args: argparse.Namespace) -> int:
+    given = read_splits(args.given) if args.given else {}
+    write_splits(args.output, [read_plan(path) for path in args.plans], given)
+    counts = read_splits(args.output)
+    print(f"{args.output}: " + ", ".join(f"{len(parents)} {split}" for split, parents in counts.items()) + " parents")
     return 0
 
 

@@ -122,7 +122,7 @@ def check_checksums(folder: str | Path) -> list[str]:
         lines = (folder / CHECKSUMS).read_text().splitlines()
     except OSError as error:
         raise LabelError(f"cannot read {str(folder / CHECKSUMS)!r}: {error.strerror}") from None
-    sums = dict(reversed(line.split(maxsplit=1)) for line in lines if line.strip())
+    sums = {line.split(maxsplit=1)[1]: line.split()[0] for line in lines if line.strip()}
     for name in sorted(sums.keys() | {path.name for path in folder.glob("*.extxyz")}):
         if name not in sums:
             raise LabelError(f"{str(folder / name)!r} is not in {CHECKSUMS}; collect the labels again")

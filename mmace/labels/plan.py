@@ -205,9 +205,45 @@ def write_splits(path: str | Path, plans: Iterable[Plan], given: Mapping[str, Se
     plans : iterable of Plan
     given : mapping split → parents
         Parents of label files that were not made from a plan.
+
+    Raises
+    ------
+    LabelError
+        A parent is in two splits.
     """
     splits = {split: list(given.get(split, ())) for split in SPLITS}
     for plan in plans:
         for split in SPLITS:
             splits[split] += [parent for parent in plan.parents(split) if parent not in splits[split]]
+    check_splits(splits, str(path))
     write_text(path, json.dumps(splits, indent=1) + "\n")
+
+
+def read_splits(path: str | Path) -> dict[str, list[str]]:
+    """Read splits: parents by `train`, `valid` and `test`.
+
+    Raises
+    ------
+    LabelError
+        The file is missing, no splits file, or has a parent twice.
+    """
+    try:
+        splits = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise LabelError(f"cannot read the splits {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise LabelError(f"{str(path)!r} is not JSON ({error})") from None
+    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise LabelError(f"{str(path)!r} must hold the lists {', '.join(SPLITS)}")
+    check_splits(splits, str(path))
+    return splits
+
+
+def check_splits(splits: Mapping[str, Sequence[str]], where: str) -> None:
+    """Raise a LabelError where a parent occurs twice in some splits."""
+    seen: dict[str, str] = {}
+    for split, parents in splits.items():
+        for parent in parents:
+            if parent in seen:
+                raise LabelError(f"{where}: parent {parent!r} is in {seen[parent]} and in {split}; it belongs to one")
+            seen[parent] = split

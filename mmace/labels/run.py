@@ -141,8 +141,8 @@ def run_plan(
 
 def job_key(plan: Plan, job: Job) -> str:
     """Hash of everything that decides a job's result, so that a changed plan never reuses an old one."""
-    content = [job.symbols, job.cell, job.scaled_positions, job.moments]
-    content += [plan.recipe.engine, plan.recipe.carriers, plan.settings(job)]
+    structure = (job.symbols, job.cell, job.scaled_positions, job.moments)
+    content = [*structure, plan.recipe.engine, plan.recipe.carriers, plan.settings(job)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,251 @@
+"""Sampling: what a system's plan is made of, written as data and expanded into a plan.
+
+A sampling file (JSON) holds a recipe and families. A family is one lattice and what is done to it; each of its
+parents is one distorted structure with the moments it is labelled at. Families are shuffled within themselves and
+interleaved, so that every prefix of the plan samples all of them. `docs/labels.md` lists the keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from ..errors import LabelError
+from .abinit import kpoint_mesh
+from .plan import Job, Plan, Recipe, make_job
+
+TEST_FRACTION, VALID_FRACTION = 0.15, 0.10
+
+
+def read_sampling(path: str | Path) -> Plan:
+    """Expand a sampling file into a plan.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    LabelError
+        The file is missing or cannot be understood; names the family.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise LabelError(f"cannot read the sampling file {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise LabelError(f"{str(path)!r} is not JSON ({error})") from None
+    return expand(data)
+
+
+def expand(data: Mapping[str, Any]) -> Plan:
+    """Plan of a sampling: parents split, jobs shuffled within families and interleaved.
+
+    `k_spacing` (1/Å) fixes each job's mesh; without it the engine takes its mesh from the recipe. Parents of families
+    marked `train_only` (undistorted reference crystals) are always trained on; of the others
+    15 % go to the test split and 10 % to the validation split.
+
+    Raises
+    ------
+    LabelError
+        Names the family that cannot be understood.
+    """
+    try:
+        recipe = Recipe(**{**data["recipe"], "carriers": tuple(data["recipe"]["carriers"])})
+        name, seed, families = data["name"], data["seed"], data["families"]
+    except (KeyError, TypeError) as error:
+        raise LabelError(f"the sampling lacks {error}; it needs name, seed, recipe and families") from None
+    rng = np.random.default_rng(seed)
+    owed = {"test": 0.0, "valid": 0.0}
+    keyed: list[tuple[float, int, Job]] = []
+    for number, family in enumerate(families):
+        try:
+            jobs = _family_jobs(family, recipe.carriers, rng, owed)
+            delay = float(family.get("delay", 1.0))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            tag = family.get("tag", number) if isinstance(family, Mapping) else number
+            raise LabelError(f"family {tag!r} of the sampling {name!r} cannot be understood: {error}") from None
+        order = rng.permutation(len(jobs))
+        keyed += [(delay * (k + rng.random()) / len(jobs), number, jobs[i]) for k, i in enumerate(order)]
+    keyed.sort(key=lambda entry: entry[:2])
+    ordered = [job for _, _, job in keyed]
+    if "k_spacing" in data:
+        ordered = [
+            replace(job, settings={"kmesh": list(kpoint_mesh(np.array(job.cell), data["k_spacing"]))})
+            for job in ordered
+        ]
+    return Plan(name, recipe, tuple(ordered))
+
+
+def _family_jobs(
+    family: Mapping[str, Any], carriers: Sequence[str], rng: np.random.Generator, owed: dict[str, float]
+) -> list[Job]:
+    jobs: list[Job] = []
+    parents = family["parents"]
+    for index in rng.permutation(len(parents)):
+        split = "train"
+        if not family.get("train_only", False):
+            owed["test"] += TEST_FRACTION
+            owed["valid"] += VALID_FRACTION
+            split = next((key for key, due in owed.items() if due >= 1), "train")
+            if split != "train":
+                owed[split] -= 1
+        tag = f"{family['tag']}-{index}"
+        options = {**family["lattice"], **parents[index]}
+        atoms = build(options)
+        for count, state in enumerate(options["moments"]):
+            jobs.append(make_job(f"{tag}-m{count}", tag, split, atoms, site_moments(atoms, carriers, state)))
+    return jobs
+
+
+def site_moments(atoms: Atoms, carriers: Sequence[str], state: float | Sequence[Any]) -> np.ndarray:
+    """Moments of all atoms from those of the carriers.
+
+    Parameters
+    ----------
+    atoms : Atoms
+    carriers : sequence of str
+    state : float or sequence
+        One moment for all carriers, or one for each in their order; a number (along z) or three. µB.
+
+    Returns
+    -------
+    array, shape=(N, 3)
+        µB.
+    """
+    held = np.isin(list(atoms.symbols), carriers)
+    values = [state] * int(held.sum()) if isinstance(state, (int, float)) else list(state)
+    if len(values) != held.sum():
+        raise ValueError(f"{len(values)} moments for {held.sum()} carriers")
+    moments = np.zeros((len(atoms), 3))
+    moments[held] = np.array([value if np.ndim(value) else (0.0, 0.0, value) for value in values]).reshape(-1, 3)
+    return moments
+
+
+def build(options: Mapping[str, Any]) -> Atoms:
+    """Structure from a lattice and distortions, applied in the order of the parameters below.
+
+    Parameters
+    ----------
+    options : mapping
+        `type`, `species`, `a` (Å) and what the lattice needs besides (see `lattice`); `scale` of all lengths;
+        strains `axial_ratio`, `tetragonal`, `orthorhombic`, `shear`, `trigonal`; `random` = (seed, strain, Å);
+        `move` = (atom, (x, y, z) Å).
+
+    Returns
+    -------
+    Atoms
+    """
+    atoms = lattice(options)
+    if "scale" in options:
+        atoms.set_cell(options["scale"] * atoms.cell.array, scale_atoms=True)
+    for name, make in STRAINS.items():
+        if name in options:
+            atoms.set_cell(atoms.cell.array @ make(options[name]), scale_atoms=True)
+    if "random" in options:
+        _randomise(atoms, *options["random"])
+    if "move" in options:
+        index, vector = options["move"]
+        atoms.positions[index] += vector
+    return atoms
+
+
+def lattice(options: Mapping[str, Any]) -> Atoms:
+    """Undistorted lattice.
+
+    Parameters
+    ----------
+    options : mapping
+        `type` is one of: `bcc`, `fcc` (primitive, 1 atom), `b2` (2), `rocksalt` (primitive, 2), `l12` (4: corner,
+        faces), `fcc-body` (4 along the body diagonal of a primitive fcc cell: DO3, B32), `stack` (body-centred
+        layers along z, `c` between layers of one column, "-" for an empty layer), `cell` (`cell` and
+        `scaled_positions` in units of `a`).
+
+    Returns
+    -------
+    Atoms
+    """
+    kind, species, a = options["type"], list(options["species"]), float(options["a"])
+    fcc = a / 2 * (np.ones((3, 3)) - np.eye(3))
+    if kind == "stack":
+        return _stack(species, a, float(options["c"]))
+    if kind == "bcc":
+        cell, places = a / 2 * (np.ones((3, 3)) - 2 * np.eye(3)), [(0.0, 0.0, 0.0)]
+    elif kind == "fcc":
+        cell, places = fcc, [(0.0, 0.0, 0.0)]
+    elif kind == "b2":
+        cell, places = np.diag([a, a, float(options.get("c", a))]), [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5)]
+    elif kind == "rocksalt":
+        cell, places = fcc, [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5)]
+    elif kind == "l12":
+        cell, places = a * np.eye(3), [(0.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0)]
+    elif kind == "fcc-body":
+        cell, places = fcc, [(k / 4, k / 4, k / 4) for k in range(4)]
+    elif kind == "cell":
+        cell, places = a * np.array(options["cell"]), options["scaled_positions"]
+    else:
+        raise ValueError(f"unknown lattice type {kind!r}")
+    return Atoms(species, cell=cell, scaled_positions=places, pbc=True)
+
+
+def _stack(species: Sequence[str], a: float, c: float) -> Atoms:
+    n = len(species)
+    cell = np.diag([a, a, n * c / 2])
+    if n % 2:
+        cell[2, :2] = a / 2
+    kept = [(s, (a / 2 * (k % 2), a / 2 * (k % 2), k * c / 2)) for k, s in enumerate(species) if s != "-"]
+    return Atoms([s for s, _ in kept], positions=[place for _, place in kept], cell=cell, pbc=True)
+
+
+def _axial_ratio(ratio: float) -> np.ndarray:
+    """c/a multiplied by `ratio` at constant volume."""
+    return np.diag([ratio ** (-1 / 3), ratio ** (-1 / 3), ratio ** (2 / 3)])
+
+
+def _tetragonal(e: float) -> np.ndarray:
+    """c multiplied by 1 + e at constant volume."""
+    return np.diag([(1 + e) ** -0.5, (1 + e) ** -0.5, 1 + e])
+
+
+def _orthorhombic(e: float) -> np.ndarray:
+    """a multiplied and b divided by 1 + e."""
+    return np.diag([1 + e, 1 / (1 + e), 1.0])
+
+
+def _shear(e: float) -> np.ndarray:
+    """The diagonals of the xy plane multiplied by 1 + e and 1 − e."""
+    return np.array([(1.0, e, 0.0), (e, 1.0, 0.0), (0.0, 0.0, 1.0)])
+
+
+def _trigonal(e: float) -> np.ndarray:
+    """All three shears alike: [111] multiplied by 1 + 2e."""
+    return np.eye(3) + e * (np.ones((3, 3)) - np.eye(3))
+
+
+STRAINS = {
+    "axial_ratio": _axial_ratio,
+    "tetragonal": _tetragonal,
+    "orthorhombic": _orthorhombic,
+    "shear": _shear,
+    "trigonal": _trigonal,
+}
+
+
+def _randomise(atoms: Atoms, seed: int, strain: float, move: float) -> None:
+    """Random symmetric strain (components up to `strain`) and displacements of 0.3 to 1 times `move` Å, in place."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.uniform(-strain, strain, (3, 3))
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + (matrix + matrix.T) / 2), scale_atoms=True)
+    directions = rng.normal(size=(len(atoms), 3))
+    lengths = rng.uniform(0.3, 1.0, (len(atoms), 1)) * move
+    atoms.positions += lengths * directions / np.linalg.norm(directions, axis=1, keepdims=True)
