@@ -1,0 +1,508 @@
+"""Training: constants from the labels, loss, masks, exact resume, evaluation, command line."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from ase.units import GPa
+
+from mmace.cli import main
+from mmace.data import fingerprint, read_labels
+from mmace.derivatives import evaluate
+from mmace.errors import LabelError, MMACEError, ModelFileError
+from mmace.graph import Graph
+from mmace.io import load_model, model_files, save_model
+from mmace.model import MagneticMACE, ModelConfig
+from mmace.training import (
+    Recipe,
+    RecipeError,
+    Tolerances,
+    errors_of,
+    initial_model,
+    mean_prediction,
+    predict,
+    read_recipe,
+    report,
+    spread_calibration,
+    train,
+)
+from mmace.training.batches import DirectionBatch, LabelBatch
+from mmace.training.loss import direction_loss, label_loss
+from mmace.training.setup import reference_energies
+
+SMALL = {"channels": 4, "max_ell": 2, "correlation": 2, "num_bessel": 4, "radial_mlp": (8,), "cutoff": 3.5}
+TOLERANCES = Tolerances()
+REFERENCE = {"Al": -50.0, "Fe": -600.0}
+
+
+def recipe(**settings):
+    defaults = {"epochs": 4, "batch_size": 4, "groups_per_step": 2, "validate_every": 1, "warmup_steps": 2}
+    return Recipe(**{**defaults, "model": SMALL, **settings})
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """A random potential whose energies, derivatives and anisotropies are the labels."""
+    torch.manual_seed(5)
+    config = ModelConfig(
+        elements=("Al", "Fe"),
+        moment_scale={"Al": 1.0, "Fe": 3.0},
+        carriers=("Fe",),
+        atomic_energies=REFERENCE,
+        energy_scale=2.0,
+        avg_num_neighbors=6.0,
+        num_chebyshev=2,
+        spin_orbit_scale=0.05,
+        **SMALL,
+    )
+    model = MagneticMACE(config).requires_grad_(False)
+    model.one_body.weight[1] = torch.tensor([0.2, -0.05])
+    return model
+
+
+def structures(rng, count):
+    """Distorted cells with one to three atoms, non-collinear moments on iron."""
+    cells = [
+        Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 2.9], pbc=True),
+        bulk("Fe", "bcc", a=2.85),
+        Atoms("Fe2Al", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.3], [0, 0, 0.6]], cell=[2.9, 2.9, 5.2], pbc=True),
+    ]
+    for k in range(count):
+        atoms = cells[k % 3].copy()
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
+        atoms.positions += rng.uniform(-0.08, 0.08, atoms.positions.shape)
+        moments = rng.uniform(-1.3, 1.3, (len(atoms), 3))
+        moments[atoms.numbers == 13] = 0.0
+        atoms.set_initial_magnetic_moments(None)
+        atoms.set_initial_magnetic_moments(moments)
+        yield atoms
+
+
+def label_frames(model, seed, count, parent):
+    rng = np.random.default_rng(seed)
+    for k, atoms in enumerate(structures(rng, count)):
+        graph = Graph.from_atoms(atoms, model.elements, model.config.cutoff)
+        result = evaluate(model, graph, forces=True, stress=True, magnetic_forces=True)
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=float(result.energy), forces=result.forces.numpy(), stress=result.stress[0].numpy()
+        )
+        atoms.arrays["magnetic_forces"] = result.magnetic_forces.numpy()
+        atoms.arrays["magnetic_forces"][atoms.numbers == 13] = np.nan
+        atoms.info.update({"soc": 0, "parent": parent, "name": f"{parent}-{k}"})
+        yield atoms
+
+
+def direction_frames(model, seed, count, parent, directions=5):
+    rng = np.random.default_rng(seed)
+    for k, atoms in enumerate(structures(rng, count)):
+        graph = Graph.from_atoms(atoms, model.elements, model.config.cutoff, soc=1.0)
+        size = np.where(atoms.numbers == 26, 1.8, 0.0)
+        for d in range(directions):
+            axis = rng.normal(size=3)
+            moments = np.outer(size, axis / np.linalg.norm(axis))
+            frame = atoms.copy()
+            frame.set_initial_magnetic_moments(moments)
+            energy = evaluate(model, graph.with_moments(torch.tensor(moments))).energy
+            frame.calc = SinglePointCalculator(frame, energy=float(energy) + 77.7)
+            group = f"{parent}-group-{k}"
+            frame.info.update({"soc": 1, "parent": parent, "name": f"{group}-{d}", "anisotropy_group": group})
+            yield frame
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("labels")
+    write(folder / "train.extxyz", [*label_frames(teacher, 0, 9, "a"), *direction_frames(teacher, 1, 3, "a")])
+    write(folder / "valid.extxyz", [*label_frames(teacher, 2, 4, "v"), *direction_frames(teacher, 3, 2, "v", 4)])
+    write(folder / "test.extxyz", [*label_frames(teacher, 4, 3, "t"), *direction_frames(teacher, 6, 1, "t")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(files):
+    return {part: read_labels(files / f"{part}.extxyz") for part in ("train", "valid", "test")}
+
+
+def batch_of(labels, model, tolerances=TOLERANCES):
+    return LabelBatch.collate([LabelBatch.of(x, model, tolerances) for x in labels if x.anisotropy_group is None])
+
+
+def directions_of(labels, model, tolerances=TOLERANCES):
+    groups = {x.anisotropy_group for x in labels} - {None}
+    members = [[x for x in labels if x.anisotropy_group == group] for group in sorted(groups)]
+    return DirectionBatch.collate([DirectionBatch.of(group, model, tolerances) for group in members])
+
+
+# Loss
+
+
+def test_a_perfect_model_has_no_loss_and_signs_matter(teacher, labels):
+    single = [x for x in labels["train"] if x.anisotropy_group is None]
+    loss = label_loss(teacher, batch_of(single, teacher), TOLERANCES)
+    assert float(loss.total().detach()) < 1e-8
+    for quantity in ("forces", "stress", "magnetic_forces"):
+        flipped = [replace(x, **{quantity: -getattr(x, quantity)}) for x in single]
+        loss = label_loss(teacher, batch_of(flipped, teacher), TOLERANCES)
+        assert float(getattr(loss, quantity)) > 1.0
+        assert float(loss.total() - getattr(loss, quantity)) < 1e-8
+    perfect = direction_loss(teacher, directions_of(labels["train"], teacher), TOLERANCES)
+    assert float(perfect.total()) < 1e-8
+    backwards = [replace(x, energy=-x.energy) for x in labels["train"]]
+    assert float(direction_loss(teacher, directions_of(backwards, teacher), TOLERANCES).anisotropy) > 1.0
+
+
+def test_missing_labels_carry_no_weight(teacher, labels):
+    torch.manual_seed(1)
+    model = MagneticMACE(teacher.config)
+    label = next(x for x in labels["train"] if len(x) == 3)
+    whole = label_loss(model, batch_of([label], model), TOLERANCES)
+    nothing = {
+        "energy": np.nan,
+        "forces": np.full((3, 3), np.nan),
+        "stress": np.full(6, np.nan),
+        "magnetic_forces": np.full((3, 3), np.nan),
+    }
+    for quantity in nothing:
+        part = replace(label, **{k: v for k, v in nothing.items() if k != quantity})
+        loss = label_loss(model, batch_of([part], model), TOLERANCES)
+        assert float(loss.total().detach()) == pytest.approx(float(getattr(whole, quantity).detach()), rel=1e-12)
+    empty = label_loss(model, batch_of([replace(label, **nothing)], model), TOLERANCES).total()
+    empty.backward()
+    assert float(empty.detach()) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    together = label_loss(model, batch_of([label, replace(label, **nothing)], model), TOLERANCES)
+    assert float(together.total().detach()) == pytest.approx(float(whole.total().detach()), rel=1e-12)
+
+
+def test_groups_of_different_length_weigh_what_they_weigh_alone(teacher, labels):
+    torch.manual_seed(1)
+    model = MagneticMACE(teacher.config)
+    groups = [[x for x in labels[part] if x.anisotropy_group is not None] for part in ("train", "valid")]
+    alone = [float(direction_loss(model, directions_of(group, model), TOLERANCES).anisotropy) for group in groups]
+    assert min(alone) > 0
+    together = direction_loss(model, directions_of([*groups[0], *groups[1]], model), TOLERANCES)
+    assert float(together.anisotropy) == pytest.approx(sum(alone), rel=1e-10)
+    shifted = [replace(x, energy=x.energy + 3.0) for x in groups[0]]
+    assert float(direction_loss(model, directions_of(shifted, model), TOLERANCES).anisotropy) == pytest.approx(
+        alone[0], rel=1e-6
+    )
+
+
+def test_transverse_magnetic_forces_weigh_less(teacher, labels):
+    label = next(x for x in labels["train"] if x.symbols == ("Fe",))
+    axis = label.moments / np.linalg.norm(label.moments)
+    across = np.cross(axis, [0.0, 0.0, 1.0])
+    losses = [
+        float(
+            label_loss(
+                teacher, batch_of([replace(label, magnetic_forces=label.magnetic_forces + error)], teacher), TOLERANCES
+            ).magnetic_forces
+        )
+        for error in (1e-3 * axis, 1e-3 * across / np.linalg.norm(across))
+    ]
+    assert losses[1] == pytest.approx(TOLERANCES.transverse**2 * losses[0], rel=0.05)
+
+
+def test_every_parameter_gets_gradient_and_soc_free_labels_leave_spin_orbit_alone(labels):
+    model = initial_model(labels["train"], recipe(model={**SMALL, "correlation": 3, "num_layers": 3}), seed=0)
+    label_loss(model, batch_of(labels["train"], model), TOLERANCES).total().backward()
+    spin_orbit = [p for name, p in model.named_parameters() if ".spin_orbit." in name]
+    assert spin_orbit
+    assert all(p.grad is None or not p.grad.any() for p in spin_orbit)
+    direction_loss(model, directions_of(labels["train"], model), TOLERANCES).total().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+    al = model.elements.index("Al")
+    assert not model.one_body.weight.grad[al].any()
+
+
+# Constants
+
+
+def test_constants_come_from_the_training_labels(labels):
+    model = initial_model(labels["train"], recipe(), seed=0)
+    assert model.elements == ("Al", "Fe")
+    assert model.config.carriers == ("Fe",)
+    largest = max(np.linalg.norm(x.moments, axis=1).max() for x in labels["train"])
+    assert model.config.moment_scale == {"Al": 1.0, "Fe": pytest.approx(1.2 * largest + 0.1)}
+    graphs = [Graph.from_atoms(x.atoms(), model.elements, 3.5) for x in labels["train"]]
+    mean = sum(len(g.sender) for g in graphs) / sum(len(g.species) for g in graphs)
+    assert model.config.avg_num_neighbors == pytest.approx(mean)
+    groups = directions_of(labels["train"], model)
+    labelled = (groups.energy.weight * groups.energy.value.square()).sum()
+    from mmace.training.loss import direction_energies
+
+    energies = direction_energies(model, groups).detach()
+    assert (energies - energies.mean(0)).square().mean(0).sum().item() == pytest.approx(labelled.item(), rel=0.3)
+
+
+def test_reference_energies_are_the_least_squares_solution():
+    config = ModelConfig(elements=("Al", "Fe"), moment_scale={"Al": 1.0, "Fe": 3.0}, carriers=("Fe",), num_chebyshev=2)
+    one_body = np.array([[0.0, 0.0], [0.3, -0.1]])
+    frames = []
+    for k, size in enumerate(np.linspace(0.0, 2.4, 12)):
+        atoms = [bulk("Fe", "bcc", a=2.9), Atoms("FeAl", positions=[[0, 0, 0], [1.4, 1.4, 1.4]], cell=[2.9] * 3)][k % 2]
+        moments = np.zeros((len(atoms), 3))
+        moments[0] = size * np.array([0.6, 0.0, 0.8])
+        atoms.set_initial_magnetic_moments(None)
+        atoms.set_initial_magnetic_moments(moments)
+        x = 1 - 2 * (size / 3.0) ** 2
+        energy = sum(REFERENCE[s] for s in atoms.get_chemical_symbols()) + one_body[1] @ [x - 1, 2 * x**2 - 2]
+        atoms.calc = SinglePointCalculator(atoms, energy=energy)
+        frames.append(atoms)
+    from mmace.data import label_from_atoms
+
+    energies, found, residual = reference_energies([label_from_atoms(a, "x") for a in frames], config)
+    assert residual < 5e-3
+    assert energies == {z: pytest.approx(e, abs=0.02) for z, e in REFERENCE.items()}
+    assert found == pytest.approx(one_body, abs=0.03)
+    with pytest.raises(LabelError, match="energy"):
+        reference_energies([replace(label_from_atoms(frames[0], "x"), energy=np.nan)], config)
+
+
+# The loop
+
+
+@pytest.fixture(scope="module")
+def whole_run(labels, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(labels["train"], labels["valid"], recipe(), folder, seed=3)
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_training_lowers_the_loss_and_leaves_the_labels_alone(labels, tmp_path):
+    before = {part: fingerprint(labels[part]) for part in labels}
+    random_state = torch.random.get_rng_state()
+    records = []
+    loose = Tolerances(energy=0.02, forces=0.3, stress=0.03, magnetic_forces=0.1, anisotropy=2e-4)
+    settings = recipe(epochs=25, learning_rate=0.02, tolerances=loose)
+    outcome = train(labels["train"], labels["valid"], settings, tmp_path, report=records.append)
+    assert outcome.finished
+    assert sum(records[-1]["train_loss"].values()) < 0.3 * sum(records[0]["train_loss"].values())
+    assert outcome.best_score == min(record["valid_score"] for record in records)
+    assert records[-1]["train_loss"]["anisotropy"] < records[0]["train_loss"]["anisotropy"]
+    assert {part: fingerprint(labels[part]) for part in labels} == before
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(labels, whole_run, tmp_path):
+    folder, whole = whole_run
+    first = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3, stop_after=1)
+    assert not first.finished
+    assert first.epoch == 1
+    untouched = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3, max_minutes=0.0)
+    assert untouched.epoch == 1
+    second = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3)
+    assert second.finished
+    assert second.best_score == whole.best_score
+    assert same(weights_of(second.model), weights_of(whole.model))
+    assert same(weights_of(load_model(tmp_path / "model.safetensors")), weights_of(whole.model))
+
+    def records(path):
+        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "minutes"} for line in lines]
+
+    assert [record["epoch"] for record in records(tmp_path)] == [1, 2, 3, 4]
+    assert records(tmp_path) == records(folder)
+    other_seed = train(labels["train"], labels["valid"], recipe(), tmp_path / "other", seed=4)
+    assert not same(weights_of(other_seed.model), weights_of(whole.model))
+
+
+def test_a_folder_with_another_run_is_refused(labels, whole_run, tmp_path):
+    folder, _ = whole_run
+    with pytest.raises(MMACEError, match="other labels, recipe or seed"):
+        train(labels["train"], labels["valid"], recipe(), folder, seed=4)
+    with pytest.raises(MMACEError, match="other labels, recipe or seed"):
+        train(labels["train"][1:], labels["valid"], recipe(), folder, seed=3)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ModelFileError, match="damaged"):
+        train(labels["train"], labels["valid"], recipe(), tmp_path)
+
+
+def test_validation_labels_only_select(labels, whole_run, tmp_path):
+    _, whole = whole_run
+    shifted = [replace(x, energy=x.energy + 5.0) for x in labels["valid"]]
+    outcome = train(labels["train"], shifted, recipe(), tmp_path, seed=3)
+    assert outcome.model.config == whole.model.config
+    if outcome.best_epoch == whole.best_epoch:
+        assert same(weights_of(outcome.model), weights_of(whole.model))
+    assert outcome.best_score != whole.best_score
+
+
+def test_bootstrap_trains_on_other_draws(labels, whole_run, tmp_path):
+    _, whole = whole_run
+    outcome = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3, bootstrap=True)
+    assert not same(weights_of(outcome.model), weights_of(whole.model))
+
+
+def test_float32_and_early_stop(labels, tmp_path):
+    patient = recipe(dtype="float32", learning_rate=1e-9, final_learning_rate=1e-9, patience=1, epochs=50)
+    outcome = train(labels["train"], labels["valid"], patient, tmp_path)
+    assert outcome.model.dtype == torch.float32
+    assert outcome.finished
+    assert outcome.epoch < 50
+
+
+def test_training_needs_both_kinds_of_labels(labels, tmp_path):
+    with pytest.raises(LabelError, match="give both"):
+        train(labels["train"], [], recipe(), tmp_path)
+
+
+# Evaluation
+
+
+def test_errors_are_in_the_units_they_name(teacher, labels):
+    test = labels["test"]
+    exact = errors_of(test, predict(teacher, test))
+    for key, value in exact.to_dict().items():
+        if "rmse" in key or "mae" in key:
+            assert value == pytest.approx(0.0, abs=1e-3)
+    moved = [
+        replace(
+            x,
+            energy=x.energy + 0.003 * len(x) * (1.0 if x.anisotropy_group is None else float(x.name[-1]) * 1e-3),
+            forces=x.forces - 0.05,
+            stress=x.stress + 2.0 * GPa,
+            magnetic_forces=x.magnetic_forces + 0.01,
+        )
+        for x in test
+    ]
+    errors = errors_of(moved, predict(teacher, moved))
+    assert errors.n_frames == len(test)
+    assert errors.n_groups == 1
+    assert errors.energy_rmse_meV_per_atom == pytest.approx(3.0, rel=1e-4)
+    assert errors.energy_mae_meV_per_atom == pytest.approx(3.0, rel=1e-4)
+    assert errors.forces_rmse_meV_per_A == pytest.approx(50.0, rel=1e-4)
+    assert errors.stress_rmse_GPa == pytest.approx(2.0, rel=1e-4)
+    assert errors.magnetic_forces_rmse_meV_per_muB == pytest.approx(10.0, rel=1e-4)
+    assert errors.anisotropy_rmse_ueV_per_atom == pytest.approx(3.0 * np.std(np.arange(5.0)), rel=1e-4)
+    group = np.array([x.energy for x in test if x.anisotropy_group is not None])
+    size = next(len(x) for x in test if x.anisotropy_group is not None)
+    assert exact.anisotropy_label_rms_ueV_per_atom == pytest.approx(1e6 * group.std() / size)
+    without = errors_of([x for x in test if x.anisotropy_group is None], predict(teacher, test)[:3])
+    assert without.anisotropy_rmse_ueV_per_atom is None
+
+
+def test_committee_mean_and_spread(teacher, labels):
+    test = labels["test"]
+    exact = predict(teacher, test)
+    rng = np.random.default_rng(0)
+
+    def noisy(size):
+        return [
+            replace(
+                p,
+                energy=p.energy + size * len(p.forces) * rng.normal(),
+                forces=p.forces + size * rng.normal(size=p.forces.shape),
+            )
+            for p in exact
+        ]
+
+    members = [noisy(0.1) for _ in range(200)]
+    mean = mean_prediction(members)
+    assert mean[0].energy == pytest.approx(np.mean([m[0].energy for m in members]))
+    offset = [replace(x, forces=x.forces + 0.3) for x in test]
+    calibration = spread_calibration(offset, members)
+    assert calibration["forces"]["rms_spread"] == pytest.approx(100.0, rel=0.1)
+    assert calibration["forces"]["error_over_spread"] == pytest.approx(3.0, rel=0.1)
+    assert calibration["energy"]["rms_error"] < 20.0
+    results = report(test, members[:2], lambda label: "test")
+    assert results["n_members"] == 2
+    assert results["by_split"]["test"]["n_frames"] == len(test) == results["by_parent"]["t"]["n_frames"]
+    assert results["committee"]["test"] == results["committee"]["all"]
+
+
+# Recipes and command line
+
+
+def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
+    settings = recipe(tolerances=Tolerances(energy=0.5))
+    assert Recipe.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    for content, message in (
+        ({"epocs": 3}, "no setting epocs"),
+        ({"tolerances": {"force": 1}}, "no setting force"),
+        ({"model": {"moment_scale": {"Fe": 1}}}, "no setting moment_scale"),
+        ({"epochs": 0}, "at least 1"),
+        ({"dtype": "float16"}, "float64 or float32"),
+    ):
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(content))
+        with pytest.raises(RecipeError, match=message):
+            read_recipe(path)
+    with pytest.raises(RecipeError, match="no recipe"):
+        read_recipe(tmp_path / "nowhere.json")
+
+
+def test_command_line_trains_a_committee_and_evaluates_it(files, labels, tmp_path, capsys):
+    together = tmp_path / "all.extxyz"
+    together.write_text("".join((files / f"{part}.extxyz").read_text() for part in labels))
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["a"], "valid": ["v"], "test": ["t"]}))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(epochs=2).to_dict()))
+    common = ["--splits", str(tmp_path / "splits.json")]
+    out = tmp_path / "run"
+    command = ["train", "--train", str(together), *common, "--out", str(out), "--members", "2", "--seed", "3"]
+    assert main([*command, "--recipe", str(tmp_path / "recipe.json")]) == 0
+    assert (out / "member-1" / "log.png").stat().st_size > 1000
+    direct = train(labels["train"], labels["valid"], recipe(epochs=2), tmp_path / "direct", seed=4)
+    members = [load_model(file) for file in model_files(out / "committee.json")]
+    assert same(weights_of(members[1]), weights_of(direct.model))
+    capsys.readouterr()
+    model = ["--model", str(out / "committee.json"), "--json", str(tmp_path / "errors.json")]
+    assert main(["eval", str(together), *model, *common]) == 0
+    assert "meV" in capsys.readouterr().out
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert errors["n_frames"] == sum(len(part) for part in labels.values())
+    wanted = errors_of(labels["test"], mean_prediction([predict(m, labels["test"]) for m in members])).to_dict()
+    assert errors["by_split"]["test"] == {k: pytest.approx(v) for k, v in wanted.items()}
+    for key in (
+        "energy_rmse_meV_per_atom",
+        "forces_rmse_meV_per_A",
+        "stress_rmse_GPa",
+        "magnetic_forces_rmse_meV_per_muB",
+        "anisotropy_rmse_ueV_per_atom",
+    ):
+        assert errors[key] > 0
+    assert errors["committee"]["test"]["energy"]["error_over_spread"] > 0
+
+
+def test_bad_input_is_one_sentence(files, teacher, tmp_path, capsys):
+    good = str(files / "train.extxyz")
+    save_model(teacher, tmp_path / "model.safetensors", {})
+    nickel = bulk("Ni", "fcc", a=3.5)
+    nickel.set_initial_magnetic_moments([0.6])
+    write(tmp_path / "nickel.extxyz", nickel)
+    (tmp_path / "file").write_text("")
+    evaluation = ["--model", str(tmp_path / "model.safetensors")]
+    cases = [
+        (["train", "--train", good, "--valid", good, "--out", str(tmp_path / "x")], "keep it in one"),
+        (["train", "--train", good, "--valid", str(files / "no"), "--out", str(tmp_path / "x")], "no label file"),
+        (
+            ["train", "--train", good, "--valid", str(files / "valid.extxyz"), "--out", str(tmp_path / "file" / "x")],
+            "cannot be made",
+        ),
+        (["eval", str(tmp_path / "nickel.extxyz"), *evaluation], "Ni"),
+        (["eval", good, "--model", str(tmp_path / "file.safetensors")], "no model file"),
+        (["eval", good, *evaluation, "--json", str(tmp_path / "nowhere" / "x.json")], "nothing can be written"),
+        (["eval", good, *evaluation, "--device", "abacus"], "device"),
+    ]
+    for command, message in cases:
+        assert main(command) == 2, command
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert message in captured.err
+        assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
