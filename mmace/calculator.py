@@ -316,7 +316,9 @@ class MMACECalculator(Calculator):
             found.append((torch.cat(energies), torch.cat(slopes) if magnetic_forces else None))
         return _spin_results(found)
 
-    def hessian(self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm")) -> dict[str, np.ndarray]:
+    def hessian(
+        self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm"), rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
         """Second derivatives of the energy, at the structure's moments or, if the calculator relaxes, at the relaxed.
 
         Parameters
@@ -327,17 +329,23 @@ class MMACECalculator(Calculator):
             At fixed moments: rr, rm, mm (N, 3, N, 3), ee (6, 6), er, em (6, N, 3). With moments that follow as the
             calculator's `moments` option says: rr_relaxed, ee_relaxed, er_relaxed. Here r are positions (Å), m
             moments (µB), e engineering Voigt strains (γ = 2ε); eV over these units.
+        rows : sequence of int, optional
+            Atoms whose rows of rr, rm and mm are wanted, for shapes (R, 3, N, 3); all by default.
 
         Raises
         ------
         MMACEError
-            A relaxed block of a calculator with fixed moments, or an unknown block.
+            A relaxed block of a calculator with fixed moments or of some rows alone, or an unknown block.
         ConvergenceError
             Moments that are not at a minimum cannot follow.
         """
         relaxed = [block for block in blocks if block.endswith("_relaxed")]
         if relaxed and self.moments == "fixed":
             raise MMACEError(f'{relaxed[0]} needs moments that follow: use calculator.replace(moments="full").')
+        if relaxed and rows is not None:
+            raise MMACEError(f"{relaxed[0]} needs the rows of all atoms: leave rows out.")
+        if rows is not None and not all(0 <= row < len(atoms) for row in rows):
+            raise MMACEError(f"the rows of a Hessian are atoms 0 to {len(atoms) - 1}: {list(rows)} holds others.")
         plain = {block.removesuffix("_relaxed") for block in blocks}
         for block in relaxed:
             plain |= {"mm", *(f"{v}m" for v in block[:2])}
@@ -345,7 +353,7 @@ class MMACECalculator(Calculator):
         if self.moments != "fixed":
             graph = graph.with_moments(self._relaxed(graph, self.moments))
         try:
-            found = [hessian(model, graph, sorted(plain)) for model in self.models]
+            found = [hessian(model, graph, sorted(plain), rows) for model in self.models]
         except ValueError as error:
             raise MMACEError(str(error)) from None
         mean = {name: torch.stack([f[name] for f in found]).mean(0).double() for name in found[0]}

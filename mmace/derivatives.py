@@ -124,7 +124,9 @@ def evaluate_spins(
     return torch.cat(energies), -torch.cat(slopes) if magnetic_forces else None
 
 
-def hessian(model: MagneticMACE, graph: Graph, blocks: Sequence[str] = BLOCKS) -> dict[str, torch.Tensor]:
+def hessian(
+    model: MagneticMACE, graph: Graph, blocks: Sequence[str] = BLOCKS, rows: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
     """Second derivatives of the energy of one structure at fixed moments.
 
     Parameters
@@ -135,11 +137,14 @@ def hessian(model: MagneticMACE, graph: Graph, blocks: Sequence[str] = BLOCKS) -
         One structure.
     blocks : sequence of str
         Among rr, rm, mm, ee, er, em: r positions (Å), m moments (µB), e strain (Voigt, engineering: γ = 2ε).
+    rows : sequence of int, optional
+        Atoms whose rows of rr, rm and mm are wanted, R of them; all by default. One cell's rows are all that the
+        couplings of a large supercell need.
 
     Returns
     -------
     dict of Tensor
-        rr, rm, mm (N, 3, N, 3), ee (6, 6), er, em (6, N, 3); eV over the units of the two variables.
+        rr, rm, mm (R, 3, N, 3), ee (6, 6), er, em (6, N, 3); eV over the units of the two variables.
 
     Raises
     ------
@@ -152,6 +157,7 @@ def hessian(model: MagneticMACE, graph: Graph, blocks: Sequence[str] = BLOCKS) -
     if graph.n_graphs != 1:
         raise ValueError(f"a Hessian is of one structure, but the graph holds {graph.n_graphs}: evaluate one by one.")
     n_atoms = len(graph.species)
+    wanted = list(range(n_atoms)) if rows is None else list(rows)
     variables = {
         "r": graph.positions.detach().clone().requires_grad_(),
         "m": graph.moments.detach().clone().requires_grad_(),
@@ -164,9 +170,12 @@ def hessian(model: MagneticMACE, graph: Graph, blocks: Sequence[str] = BLOCKS) -
     for row in dict.fromkeys(block[0] for block in blocks):
         columns = [block[1] for block in blocks if block[0] == row]
         slope = _gradients(energy, [variables[row]], create_graph=True)[0]
+        if row != "e":
+            slope = slope[wanted]
         for column, matrix in zip(columns, _jacobian(slope, [variables[c] for c in columns]), strict=True):
-            shape = [(6,) if v == "e" else (n_atoms, 3) for v in (row, column)]
-            result[row + column] = matrix.reshape(*shape[0], *shape[1])
+            first = (6,) if row == "e" else (len(wanted), 3)
+            second = (6,) if column == "e" else (n_atoms, 3)
+            result[row + column] = matrix.reshape(*first, *second)
     return result
 
 

@@ -173,6 +173,11 @@ def test_hessian_options() -> None:
     calculator = MMACECalculator(MODEL)
     with pytest.raises(MMACEError, match="rr_relaxed needs moments that follow"):
         calculator.hessian(triclinic(), ["rr_relaxed"])
+    assert calculator.hessian(triclinic(), ["mm"], rows=[1])["mm"].shape == (1, 3, 3, 3)
+    with pytest.raises(MMACEError, match="atoms 0 to 2"):
+        calculator.hessian(triclinic(), ["mm"], rows=[3])
+    with pytest.raises(MMACEError, match="needs the rows of all atoms"):
+        calculator.replace(moments="full").hessian(triclinic(), ["rr_relaxed"], rows=[0])
     with pytest.raises(MMACEError, match="block xy"):
         calculator.hessian(triclinic(), ["xy"])
 

@@ -18,6 +18,7 @@ from .plan import Job, Plan
 from .run import read_result
 
 MOMENT_TOLERANCE = 2e-3
+COLLAPSED_MOMENT = 0.1
 DUPLICATE_TOLERANCE = 1e-5
 DUPLICATE_ENERGY = 1e-4
 _RANGE = 5.0
@@ -56,14 +57,18 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
     Returns
     -------
     str or None
-        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), or None.
+        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), `collapsed` (an
+        anisotropy job whose moments vanished), or None.
     """
     if "failed" in result:
         return "failed"
     if not result["converged"]:
         return "scf"
     held = np.isin(job.symbols, carriers)
-    if "soc_energies" not in result and held.any():
+    if "soc_energies" in result:
+        if np.abs(np.array(result["moments"])[held]).max() < COLLAPSED_MOMENT:
+            return "collapsed"
+    elif held.any():
         reached = np.array(result["moments"])[held]
         if np.abs(reached - np.array(job.moments)[held]).max() > MOMENT_TOLERANCE:
             return "moment"
