@@ -1,6 +1,6 @@
 """Loss, training loop, evaluation."""
 
-from .evaluate import Errors, Prediction, errors_of, mean_prediction, predict, report, spread_calibration
+from .evaluate import Errors, Prediction, errors_of, mean_prediction, predict, report, spread_calibration, table
 from .loop import Outcome, train
 from .plot import plot_log
 from .recipe import Recipe, RecipeError, Tolerances, read_recipe
@@ -21,5 +21,6 @@ __all__ = [
     "read_recipe",
     "report",
     "spread_calibration",
+    "table",
     "train",
 ]
