@@ -15,6 +15,7 @@ from .model import MagneticMACE
 BLOCKS = ("rr", "rm", "mm", "ee", "er", "em")
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 HESSIAN_ROWS_AT_ONCE = 24
+HESSIAN_EDGES_AT_ONCE = 50_000  # rows times edges; bounds the memory of large supercells
 SPINS_AT_ONCE = 64
 
 
@@ -166,13 +167,14 @@ def hessian(
     with torch.enable_grad():
         geometry = model.geometry(graph, variables["r"], _strain_from_voigt(variables["e"])[None])
         energy = model.spin_energies(geometry, variables["m"][None]).sum()
+    at_once = max(1, min(HESSIAN_ROWS_AT_ONCE, HESSIAN_EDGES_AT_ONCE // max(len(graph.sender), 1)))
     result = {}
     for row in dict.fromkeys(block[0] for block in blocks):
         columns = [block[1] for block in blocks if block[0] == row]
         slope = _gradients(energy, [variables[row]], create_graph=True)[0]
         if row != "e":
             slope = slope[wanted]
-        for column, matrix in zip(columns, _jacobian(slope, [variables[c] for c in columns]), strict=True):
+        for column, matrix in zip(columns, _jacobian(slope, [variables[c] for c in columns], at_once), strict=True):
             first = (6,) if row == "e" else (len(wanted), 3)
             second = (6,) if column == "e" else (n_atoms, 3)
             result[row + column] = matrix.reshape(*first, *second)
@@ -222,14 +224,14 @@ def _gradients(energy: torch.Tensor, variables: list[torch.Tensor], create_graph
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, variables, strict=True)]
 
 
-def _jacobian(slope: torch.Tensor, variables: list[torch.Tensor]) -> list[torch.Tensor]:
+def _jacobian(slope: torch.Tensor, variables: list[torch.Tensor], rows_at_once: int) -> list[torch.Tensor]:
     """Derivatives of a flattened gradient by each variable, (size of slope, size of variable)."""
     rows: list[list[torch.Tensor]] = []
     size = slope.numel()
     if not slope.requires_grad:
         return [slope.new_zeros(size, x.numel()) for x in variables]
     unit = torch.eye(size, dtype=slope.dtype, device=slope.device).view(size, *slope.shape)
-    for chunk in torch.split(unit, HESSIAN_ROWS_AT_ONCE):
+    for chunk in torch.split(unit, rows_at_once):
         found = torch.autograd.grad(
             slope, variables, chunk, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
