@@ -26,6 +26,8 @@ from .provenance import magnetic_space_group
 from .structures import ORDERS, Start, formula, parse_moments, read_moments, read_structure, start_structure
 
 DEFAULT_FACTORY = "mmace.calculator:from_options"
+WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,14 +102,14 @@ def _help() -> None:
 
 
 def _list() -> None:
-    table = Table("name", "computes", "from", box=None, pad_edge=False)
-    for name, entry in sorted(plugins().items()):
+    found = sorted(plugins().items())
+    width = max((len(name) for name, _ in found), default=0)
+    for name, entry in found:
         try:
             title = load_property(name).title
         except PropertyError as error:
             title = str(error)
-        table.add_row(name, title, entry.dist.name if entry.dist is not None else entry.value)
-    Console().print(table)
+        print(f"{name:{width}}  {title} ({entry.dist.name if entry.dist is not None else entry.value})")
 
 
 def _parser(kind: type[Property]) -> Parser:
@@ -166,7 +168,10 @@ def _add_options(parser: Parser, options: type[Options]) -> None:
 
 def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     args = _parser(kind).parse_all(arguments)
-    console = Console(file=sys.stderr if args.json else sys.stdout, quiet=args.quiet, highlight=False, soft_wrap=True)
+    stream = sys.stderr if args.json else sys.stdout
+    console = Console(
+        file=stream, quiet=args.quiet, highlight=False, soft_wrap=True, width=None if stream.isatty() else WIDTH
+    )
     mode, table, moments_file = _moments_arguments(args.moments, kind.default_mode)
     named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
     named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}

@@ -421,13 +421,10 @@ class SpinCalculator:
             return -np.tensordot(basis, self.magnetic_forces(atoms, moments(x)), axes=2)
 
         def hessian(x: Array) -> Array:
-            if self.has("hessian"):
-                block = self.hessian(with_moments(atoms, moments(x)), ("mm",))["mm"]
-                return np.einsum("aij,ijkl,bkl->ab", basis, block, basis)
-            rows = []
-            for unit in np.eye(len(x)):
-                rows.append(sum(w * gradient(x + k * MOMENT_STEP * unit) for k, w in STENCIL) / MOMENT_STEP)
-            matrix = np.array(rows)
+            shifts = np.array([k * MOMENT_STEP * unit for unit in np.eye(len(x)) for k, _ in STENCIL])
+            fields = self.evaluate_spins(atoms, moments(x) + np.tensordot(shifts, basis, axes=1))["magnetic_forces"]
+            slopes = -np.tensordot(fields, basis, axes=([1, 2], [1, 2])).reshape(len(x), len(STENCIL), len(x))
+            matrix = np.einsum("k,akb->ab", [w for _, w in STENCIL], slopes) / MOMENT_STEP
             return (matrix + matrix.T) / 2
 
         x = minimise(

@@ -1,6 +1,7 @@
 """Reading structures with their moments, checking them, and stating a guess where moments are missing."""
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import comb
@@ -113,7 +114,9 @@ def _refuse_partial(atoms: Atoms, file: Path) -> None:
 def _read_magcif(text: str) -> Atoms:
     from pymatgen.io.cif import CifParser
 
-    structure = CifParser.from_str(text).parse_structures(primitive=False)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        structure = CifParser.from_str(text).parse_structures(primitive=False)[0]
     if not structure.is_ordered:
         site = next(s for s in structure if not s.is_ordered)
         raise StructureError(f"the site {site.species_string} is partially occupied; give an ordered structure")

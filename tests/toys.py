@@ -130,14 +130,16 @@ class Uniaxial:
 
 @dataclass
 class Cubic:
-    """``Σ_i K1 (α1²α2² + …) + K2 α1²α2²α3²`` with α along the (orthogonal) cell vectors."""
+    """``Σ_i K1 (α1²α2² + …) + K2 α1²α2²α3²`` with α along the cell vectors, made orthogonal in their order."""
 
     K1: float
     K2: float = 0.0
     soc = True
 
     def sites(self, s):
-        e = unit(s.moments) @ unit(s.cell).T
+        x = unit(s.cell[0])
+        y = unit(s.cell[1] - (s.cell[1] @ x) * x)
+        e = unit(s.moments) @ torch.stack([x, y, torch.linalg.cross(x, y)]).T
         a, b, c = (e**2).unbind(-1)
         return self.K1 * (a * b + b * c + c * a) + self.K2 * a * b * c
 
@@ -445,6 +447,6 @@ def from_options(model="toy", soc=True, moments="fixed", device="cpu", dtype="fl
 
 
 def bare_factory(model="toy", soc=True, moments="fixed", device="cpu", dtype="float64"):
-    """The same Hamiltonian with energy alone, so that every derivative is a fallback."""
+    """The same Hamiltonian with energy and magnetic forces alone, so that everything else is a fallback."""
     full = from_options(model, soc)
-    return Toy(*full.options.terms, soc=soc, gives=("energy",), elements=None)
+    return Toy(*full.options.terms, soc=soc, gives=("energy", "magnetic_forces"), elements=None)

@@ -1,0 +1,223 @@
+"""The command line: results, what it prints, and every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase import Atoms
+from ase.build import bulk
+from ase.io import write
+from mmace_props.cli import load_calculator, main
+from mmace_props.errors import CalculatorError
+from mmace_props.protocol import with_moments
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+TOY = f"{HERE / 'toys.py'}:from_options"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    """Every command runs where nothing else is."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def test_anisotropy_of_strained_iron_aluminium(capsys):
+    """The main job: table, dataset at its default place, plot; numbers of the toy's closed form."""
+    status = run("anisotropy", EXAMPLES / "FeAl_strained.cif", "--calculator", TOY, "--plot", "a.png")
+    out = capsys.readouterr()
+    assert status == 0
+    for text in ("FeAl, 2 atoms, P4/mmm", "fm guess along z with Fe 2.2, Al 0", "P4/mm'm'", "K1", "µeV/atom", "MJ/m³"):
+        assert text in out.out
+    with xr.open_dataset("FeAl_strained_anisotropy.nc") as data:
+        assert float(data["K"].sel(constant="K1")) == pytest.approx(200.0, rel=1e-6)
+        assert data.attrs["structure_file"] == "FeAl_strained.cif"
+        assert "fm guess" in data.attrs["initial_moments_origin"]
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir()) == ["FeAl_strained_anisotropy.nc", "a.png"]
+
+
+def test_committee_spread_is_printed(capsys):
+    """A committee adds a column."""
+    assert run("anisotropy", EXAMPLES / "FeAl_strained.cif", "--calculator", TOY, "--model", "committee") == 0
+    out = capsys.readouterr().out
+    assert "± committee" in out
+    assert "committee of 3" in out
+
+
+def test_json_on_standard_output(capsys):
+    """With --json standard output is JSON alone."""
+    assert run("anisotropy", EXAMPLES / "FeAl_strained.cif", "--calculator", TOY, "--json", "-o", "x.nc") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {(r["label"], r["unit"]): r["value"] for r in found["results"]}
+    assert rows["K1", "µeV/atom"] == pytest.approx(200.0, rel=1e-6)
+    assert found["attributes"]["property"] == "anisotropy"
+
+
+def test_soc_off_says_that_there_is_none(capsys):
+    """Without spin-orbit coupling one clear message."""
+    assert run("anisotropy", EXAMPLES / "FeAl_strained.cif", "--calculator", TOY, "--no-soc") == 0
+    assert "no anisotropy, as it must be without spin-orbit coupling" in capsys.readouterr().out
+
+
+def test_equation_of_state(capsys):
+    """E(V) with its own options and plot."""
+    status = run(
+        "eos", EXAMPLES / "Fe.cif", "--calculator", TOY, "--states", "fm", "nm", "--points", "7", "--plot", "e.pdf"
+    )
+    assert status == 0
+    assert "ground state" in capsys.readouterr().out
+    with xr.open_dataset("Fe_eos.nc") as data:
+        assert data["state"].values.tolist() == ["fm", "nm"]
+    assert Path("e.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_moments_from_everywhere(capsys):
+    """A table, a file, a structure's own moments, and how they are relaxed."""
+    fixed = ("--moments", "fixed", "--quiet", "-o", "x.nc", "--calculator", TOY)
+
+    def used(*arguments):
+        assert run("anisotropy", *arguments, *fixed) == 0
+        with xr.open_dataset("x.nc") as data:
+            return data["moments"].values
+
+    np.testing.assert_allclose(used(EXAMPLES / "Fe.cif", "--moments", "Fe=1.7", "--order", "fm")[:, 2], [1.7, 1.7])
+    np.testing.assert_allclose(used(EXAMPLES / "Fe.cif", "--moments", "Fe=1.7", "--order", "afm")[:, 2], [1.7, -1.7])
+    Path("m.txt").write_text("0 1.5 0\n0 -1.5 0\n")
+    np.testing.assert_allclose(used(EXAMPLES / "Fe.cif", "--moments", "m.txt")[:, 1], [1.5, -1.5])
+    write("own.extxyz", with_moments(bulk("Fe", cubic=True, a=2.83), [[2.0, 0, 0], [2.0, 0, 0]]))
+    np.testing.assert_allclose(used("own.extxyz")[:, 0], [2.0, 2.0])
+    assert capsys.readouterr().out == ""
+
+
+def test_calculators_without_capabilities(capsys):
+    """Energies and magnetic forces, one structure at a time, are enough."""
+    factory = f"{HERE / 'toys.py'}:bare_factory"
+    status = run(
+        "anisotropy", EXAMPLES / "FeAl_strained.cif", "--calculator", factory, "--moments", "fixed",
+        "--moments", "Fe=2.2,Al=0", "--order", "fm", "--directions", "86",
+    )  # fmt: skip
+    assert status == 0
+    with xr.open_dataset("FeAl_strained_anisotropy.nc") as data:
+        assert float(data["K"].sel(constant="K1")) == pytest.approx(200.0, rel=1e-6)
+
+
+def test_help_list_and_version(capsys):
+    """The informative forms."""
+    assert run("list") == 0
+    assert "magnetocrystalline anisotropy" in capsys.readouterr().out
+    assert run("--help") == 0
+    assert "anisotropy" in capsys.readouterr().out
+    assert run("--version") == 0
+    with pytest.raises(SystemExit) as stop:
+        run("anisotropy", "-h")
+    assert stop.value.code == 0
+    assert "--expansion" in capsys.readouterr().out
+
+
+def bad_structures(folder):
+    """Files with one fault each."""
+    iron = bulk("Fe", cubic=True, a=2.83)
+    iron.set_initial_magnetic_moments(None)
+    write(folder / "xenon.cif", bulk("Xe"))
+    nan = iron.copy()
+    nan.positions[1, 2] = np.nan
+    write(folder / "nan.extxyz", nan)
+    write(folder / "molecule.xyz", Atoms("Fe2", positions=[[0, 0, 0], [0, 0, 2.2]]))
+    near = iron.copy()
+    near.positions[1] = [0.1, 0.1, 0.1]
+    write(folder / "near.cif", near)
+    write(folder / "far.extxyz", with_moments(iron, [[0, 0, 60.0], [0, 0, 2.2]]))
+    (folder / "noise.cif").write_bytes(bytes(range(256)))
+    partial = (EXAMPLES / "FeAl.cif").read_text().replace("Al1 Al 0.5 0.5 0.5 1.0", "Al1 Al 0.5 0.5 0.5 0.5")
+    (folder / "partial.cif").write_text(partial)
+    (folder / "short.txt").write_text("2.2\n2.2\n2.2\n")
+
+
+GOOD = str(EXAMPLES / "Fe.cif")
+BAD = [
+    (["anisotropy", "xenon.cif"], "does not know the element Xe"),
+    (["anisotropy", GOOD, "--moments", "short.txt"], "2 atoms need"),
+    (["anisotropy", "nan.extxyz"], "position of atom 1 is not a finite number"),
+    (["anisotropy", "molecule.xyz"], "no cell"),
+    (["anisotropy", "near.cif"], "overlap"),
+    (["anisotropy", "far.extxyz"], "far outside the range"),
+    (["anisotropy", GOOD, "--moments", "Fe=50"], "far outside the range"),
+    (["anisotropy", "partial.cif"], "partially occupied"),
+    (["anisotropy", "noise.cif"], "noise.cif' cannot be read"),
+    (["anisotropy", "missing.cif"], "no structure file"),
+    (["anisotropy", GOOD, "-o", "no/such/place.nc"], "does not exist"),
+    (["anisotropy", GOOD, "-o", "."], "is a directory"),
+    (["anisotropy", GOOD, "--model", "broken"], "the model file broken is damaged"),
+    (["anisotropy", GOOD, "--moments", "Fe=0"], "no atom carries a moment"),
+    (["anisotropy", GOOD, "--order", "affm"], "did you mean 'afm'"),
+    (["anisotropy", GOOD, "--ordr", "fm"], "did you mean '--order'"),
+    (["anisotropy", GOOD, "--moments", "magnitude"], "did you mean 'magnitudes'"),
+    (["anisotropy", GOOD, "--expansion", "cubik"], "did you mean 'cubic'"),
+    (["anisotropy", GOOD, "--directions", "many"], "invalid int value"),
+    (["anisotropy", GOOD, "--plot", "a.bmp"], "a plot cannot be written as '.bmp'"),
+    (["anisotropy", GOOD, "--plot", "x.png", "-o", "x.png"], "cannot be the same file"),
+    (["anisotropy", GOOD, GOOD], "one argument too many"),
+    (["anisotropy"], "structure"),
+    (["anisotrpy", GOOD], "did you mean 'anisotropy'"),
+    (["--quiet"], "name a property first"),
+    (["eos", GOOD, "--states", "afn"], "did you mean 'afm'"),
+    (["anisotropy", GOOD, "--calculator", "nonsense"], "names no factory"),
+    (["anisotropy", GOOD, "--calculator", "no_such_module:f"], "cannot be imported"),
+    (["anisotropy", GOOD, "--calculator", "missing.py:f"], "no file missing.py"),
+    (["anisotropy", GOOD, "--calculator", f"{HERE / 'toys.py'}:from_option"], "did you mean 'from_options'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[f"{k}-{b[1][:24]}" for k, b in enumerate(BAD)])
+def test_bad_input(arguments, sentence, tmp_path, capsys):
+    """One sentence on standard error, status 2, no traceback, and nothing written."""
+    bad_structures(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    if "--calculator" not in arguments and len(arguments) > 1:
+        arguments = [*arguments, "--calculator", TOY]
+    assert run(*arguments) == 2
+    out = capsys.readouterr()
+    assert sentence in out.err
+    lines = out.err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in out.err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_installed_command_exits_with_two(tmp_path):
+    """The same through a process: status, standard error, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mmace_props.cli", "anisotropy", "missing.cif"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no structure file 'missing.cif'; check the path\n"
+    assert done.stdout == ""
+
+
+def test_factories_by_module_name(tmp_path, monkeypatch):
+    """A module in the working directory is found, and the path is left as it was."""
+    (tmp_path / "my_factory.py").write_text(
+        "from ase.calculators.emt import EMT\ndef make(**options):\n    return EMT()\n"
+    )
+    before = list(sys.path)
+    calculator = load_calculator("my_factory:make", "default", True, "fixed", "cpu", "float64")
+    assert calculator.provenance() == {"calculator": "EMT"}
+    assert sys.path == before
+    (tmp_path / "bad_factory.py").write_text("def make(**options):\n    raise OSError('weights are missing')\n")
+    with pytest.raises(CalculatorError, match="weights are missing"):
+        load_calculator("bad_factory:make", "default", True, "fixed", "cpu", "float64")

@@ -1,0 +1,244 @@
+"""Reading structures and moments, guesses of orders, and refusals."""
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, make_supercell
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from mmace_props.errors import MomentError, OptionError, StructureError
+from mmace_props.protocol import SpinCalculator, moments_of, with_moments
+from mmace_props.structures import (
+    antiferromagnetic_signs,
+    check_structure,
+    formula,
+    parse_moments,
+    read_moments,
+    read_structure,
+    start_structure,
+)
+from mmace_props.symmetry import orbit, pattern_symmetry
+
+from .toys import CapableToy, Heisenberg, Landau, Toy
+
+MAGCIF = """data_x
+_parent_space_group.name_H-M_alt 'P m -3 m'
+_space_group_magn.name_BNS "P4/mm'm'"
+_cell_length_a 2.9
+_cell_length_b 2.9
+_cell_length_c 2.9
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+loop_
+_space_group_symop_magn_operation.id
+_space_group_symop_magn_operation.xyz
+1 x,y,z,+1
+loop_
+_atom_site_label
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+Fe1 Fe 0 0 0 1
+Fe2 Fe 0.5 0.5 0.5 1
+loop_
+_atom_site_moment.label
+_atom_site_moment.crystalaxis_x
+_atom_site_moment.crystalaxis_y
+_atom_site_moment.crystalaxis_z
+Fe1 0 0 2.2
+Fe2 1.0 0 -2.0
+"""
+
+
+def toy():
+    return SpinCalculator(CapableToy(Landau(0.05, 0.005), Heisenberg(2e-3, 3.3)))
+
+
+def test_magcif_moments(tmp_path):
+    """Moments of a magCIF arrive as Cartesian vectors."""
+    file = tmp_path / "x.mcif"
+    file.write_text(MAGCIF)
+    atoms = read_structure(file)
+    assert sorted(map(tuple, np.round(moments_of(atoms), 8))) == [(0, 0, 2.2), (1.0, 0, -2.0)]
+
+
+@pytest.mark.parametrize("name", ["x.extxyz", "x.traj", "x.json"])
+def test_formats_that_carry_moments(tmp_path, name):
+    """Vector moments come back from ASE's own formats, whether given or computed."""
+    atoms = with_moments(bulk("Fe", cubic=True), [[0, 1.0, 2.0], [0.5, 0, -2.0]])
+    write(tmp_path / name, atoms)
+    np.testing.assert_allclose(moments_of(read_structure(tmp_path / name)), moments_of(atoms), atol=1e-8)
+
+
+def test_computed_moments_are_taken(tmp_path):
+    """Where a file holds results alone, its computed moments are the moments."""
+    atoms = bulk("Fe", cubic=True)
+    atoms.set_initial_magnetic_moments(None)
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, magmoms=[2.1, -2.1])
+    write(tmp_path / "x.extxyz", atoms)
+    np.testing.assert_allclose(moments_of(read_structure(tmp_path / "x.extxyz"))[:, 2], [2.1, -2.1])
+
+
+def test_poscar_has_none(tmp_path):
+    """A format without moments gives a structure without moments."""
+    write(tmp_path / "POSCAR", bulk("Fe", cubic=True), format="vasp")
+    assert not read_structure(tmp_path / "POSCAR").has("initial_magmoms")
+
+
+def test_unreadable_files(tmp_path):
+    """No file, nonsense, nothing in it, partial occupancies: one sentence each."""
+    with pytest.raises(StructureError, match="there is no structure file"):
+        read_structure(tmp_path / "no.cif")
+    (tmp_path / "bad.cif").write_text("this is not a structure")
+    with pytest.raises(StructureError, match=r"bad\.cif"):
+        read_structure(tmp_path / "bad.cif")
+    (tmp_path / "bad.xyz").write_bytes(b"\x00\xff\x17nonsense")
+    with pytest.raises(StructureError, match="cannot be read"):
+        read_structure(tmp_path / "bad.xyz")
+    (tmp_path / "half.mcif").write_text(MAGCIF.replace("0.5 0.5 0.5 1", "0.5 0.5 0.5 0.4"))
+    with pytest.raises(StructureError, match="partially occupied"):
+        read_structure(tmp_path / "half.mcif")
+    plain = MAGCIF.split("loop_\n_atom_site_moment")[0].replace("0 0 0 1", "0 0 0 0.7")
+    (tmp_path / "half.cif").write_text(plain)
+    with pytest.raises(StructureError, match=r"partially occupied \(Fe 0.7\)"):
+        read_structure(tmp_path / "half.cif")
+
+
+def test_structures_that_cannot_be_computed():
+    """Positions, cells, overlaps, elements, moments."""
+    good = bulk("Fe", cubic=True)
+    good.set_initial_magnetic_moments(None)
+    nan = good.copy()
+    nan.positions[1, 0] = np.nan
+    with pytest.raises(StructureError, match="position of atom 1"):
+        check_structure(nan)
+    with pytest.raises(StructureError, match="no cell"):
+        check_structure(Atoms("Fe2", positions=[[0, 0, 0], [0, 0, 2.5]]))
+    slab = good.copy()
+    slab.pbc = [True, True, False]
+    with pytest.raises(StructureError, match="not periodic"):
+        check_structure(slab)
+    near = good.copy()
+    near.positions[1] = [0.3, 0, 0]
+    with pytest.raises(StructureError, match=r"atoms 0 \(Fe\) and 1 \(Fe\) overlap: they are 0\.30"):
+        check_structure(near)
+    tiny = Atoms("Fe", cell=[0.7, 3, 3], pbc=True)
+    with pytest.raises(StructureError, match="overlap"):
+        check_structure(tiny)
+    with pytest.raises(StructureError, match="does not know the element Xe; it knows Fe, Al"):
+        check_structure(bulk("Xe"), toy())
+    with pytest.raises(StructureError, match="holds no atoms"):
+        check_structure(Atoms(cell=[1, 1, 1], pbc=True))
+    with pytest.raises(MomentError, match=r"moment of atom 1.*far outside"):
+        check_structure(with_moments(good, [[0, 0, 2], [0, 0, 40.0]]), toy())
+    with pytest.raises(MomentError, match="far outside"):
+        check_structure(with_moments(good, [[0, 0, 2], [0, 0, 13.0]]))
+
+
+def test_moment_tables_and_files(tmp_path):
+    """Tables by element, and files of one or three columns."""
+    assert parse_moments("Fe=2.2, Al=0") == {"Fe": 2.2, "Al": 0.0}
+    for bad in ("Fe", "Fe=x", "Qq=1", "Fe=nan", ""):
+        with pytest.raises(OptionError):
+            parse_moments(bad)
+    (tmp_path / "a.txt").write_text("2.0\n-1.5\n")
+    np.testing.assert_array_equal(read_moments(tmp_path / "a.txt", 2), [[0, 0, 2.0], [0, 0, -1.5]])
+    (tmp_path / "b.txt").write_text("1 0 2\n0 0 -1\n")
+    np.testing.assert_array_equal(read_moments(tmp_path / "b.txt", 2), [[1, 0, 2.0], [0, 0, -1]])
+    (tmp_path / "one.txt").write_text("2.0\n")
+    np.testing.assert_array_equal(read_moments(tmp_path / "one.txt", 1), [[0, 0, 2.0]])
+    write(tmp_path / "c.extxyz", with_moments(bulk("Fe", cubic=True), [[0, 0, 1], [0, 1, 0]]))
+    np.testing.assert_array_equal(read_moments(tmp_path / "c.extxyz", 2), [[0, 0, 1], [0, 1, 0]])
+    with pytest.raises(MomentError, match=r"shape \(2,\), but 3 atoms"):
+        read_moments(tmp_path / "a.txt", 3)
+    with pytest.raises(MomentError, match="no moments can be read"):
+        read_moments(tmp_path / "no.txt", 3)
+
+
+def test_orders_and_where_they_came_from():
+    """The file's moments, a guess of an order, the lower of two, and what is refused."""
+    spin, iron = toy(), bulk("Fe", cubic=True, a=2.83)
+    iron.set_initial_magnetic_moments(None)
+    auto = start_structure(iron, spin)
+    assert auto.order == "fm"
+    assert "lower of fm and afm" in auto.origin
+    afm = start_structure(iron, SpinCalculator(CapableToy(Heisenberg(-2e-3, 2.6))))
+    assert afm.order == "afm"
+    np.testing.assert_array_equal(moments_of(afm.atoms)[:, 2], [2.2, -2.2])
+    table = start_structure(iron, spin, order="fm", table={"Fe": 1.8})
+    np.testing.assert_array_equal(moments_of(table.atoms)[:, 2], [1.8, 1.8])
+    assert "Fe 1.8" in table.origin
+    given = start_structure(with_moments(iron, [[1, 0, 1], [0, 1, 0]]), spin)
+    assert given.order == "given"
+    np.testing.assert_array_equal(moments_of(given.atoms), [[1, 0, 1], [0, 1, 0]])
+    filed = start_structure(iron, spin, moments=np.array([[0, 0, 1.0], [0, 0, -1.0]]))
+    assert filed.origin == "moments from the file given"
+    with pytest.raises(OptionError, match="did you mean 'afm'"):
+        start_structure(iron, spin, order="affm")
+    with pytest.raises(OptionError, match="leave no room"):
+        start_structure(iron, spin, order="fm", moments=np.zeros((2, 3)))
+    with pytest.raises(OptionError, match="given for Cr"):
+        start_structure(iron, spin, table={"Cr": 2.0})
+    with pytest.raises(MomentError, match="nothing says how large the moment of Fe is"):
+        start_structure(iron, SpinCalculator(Toy(Landau(1, 1))))
+
+
+def test_antiferromagnetic_patterns():
+    """Rocksalt layers, a bipartite supercell, and cells that hold no such order."""
+    bcc = bulk("Fe", cubic=True)
+    np.testing.assert_array_equal(antiferromagnetic_signs(bcc, np.ones(2)), [1, -1])
+    large = make_supercell(bcc, 3 * np.eye(3))
+    signs = antiferromagnetic_signs(large, np.ones(54))
+    i_body = np.rint(large.get_scaled_positions()[:, 0] * 6).astype(int) % 2
+    assert set(signs[i_body == 0]) in ({1.0}, {-1.0})
+    assert signs.sum() == 0
+    salt = bulk("CrN", "rocksalt", a=4.2, cubic=True)
+    lengths = np.where(salt.numbers == 24, 2.8, 0.0)
+    signs = antiferromagnetic_signs(salt, lengths)
+    assert signs[salt.numbers == 24].sum() == 0
+    assert np.all(signs[salt.numbers == 7] == 1)
+    with pytest.raises(MomentError, match="1 magnetic site holds"):
+        antiferromagnetic_signs(bulk("Fe"), np.ones(1))
+    with pytest.raises(MomentError, match="3 magnetic sites hold"):
+        antiferromagnetic_signs(bulk("Fe") * (3, 1, 1), np.ones(3))
+    with pytest.raises(MomentError, match="neighbours"):
+        antiferromagnetic_signs(bulk("Cu") * (3, 3, 2), np.ones(18))
+
+
+@pytest.mark.parametrize(
+    ("cell", "signs", "system"),
+    [
+        (bulk("Fe", cubic=True), [1, 1], "cubic"),
+        (bulk("Fe"), [1], "cubic"),
+        (bulk("Fe", cubic=True), [1, -1], "cubic"),
+        (bulk("Co", "hcp", a=2.5, c=4.1), [1, 1], "hexagonal"),
+        (bulk("Fe", cubic=True) * (1, 1, 2), [1, 1, -1, -1], "tetragonal"),
+        (Atoms("Fe", cell=[2.6, 2.8, 3.0], pbc=True), [1], "orthorhombic"),
+        (Atoms("Fe", cell=[2.6, 2.8, 3.0, 90, 100, 90], pbc=True), [1], "monoclinic"),
+        (Atoms("Fe", cell=[2.6, 2.8, 3.0, 80, 100, 95], pbc=True), [1], "triclinic"),
+        (Atoms("Fe", cell=[2.6, 2.6, 2.6, 70, 70, 70], pbc=True), [1], "trigonal"),
+    ],
+)
+def test_symmetry_of_patterns(cell, signs, system):
+    """The crystal system of E(n) follows lattice and order, with a right-handed frame."""
+    found = pattern_symmetry(cell, np.array(signs, float), 1e-4, 1e-2)
+    assert found.system == system
+    np.testing.assert_allclose(found.frame @ found.frame.T, np.eye(3), atol=1e-10)
+    assert np.linalg.det(found.frame) == pytest.approx(1)
+    np.testing.assert_allclose(
+        found.rotations @ found.rotations.transpose(0, 2, 1), np.eye(3)[None].repeat(len(found.rotations), 0), atol=1e-8
+    )
+    if system == "cubic":
+        np.testing.assert_allclose(found.frame, np.eye(3), atol=1e-8)
+        assert len(orbit(np.array([1.0, 1, 1]) / np.sqrt(3), found.rotations)) == 4
+        assert len(orbit(np.array([0, 0, 1.0]), found.rotations)) == 3
+    if system in ("hexagonal", "tetragonal"):
+        np.testing.assert_allclose(np.abs(found.frame[2]), [0, 0, 1], atol=1e-8)
+
+
+def test_formula_keeps_the_order_of_the_elements():
+    """FeAl stays FeAl."""
+    assert formula(Atoms("FeAlFe")) == "Fe2Al"
