@@ -1,0 +1,531 @@
+"""Plans, runner, quality gate, label files; a stand-in program replays recorded ABINIT outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read
+
+from mmace.cli import main
+from mmace.errors import LabelError, MissingProgramError
+from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
+from mmace.labels.check import compare_differences, difference_plan
+from mmace.labels.files import check_checksums, read_labels, write_checksums, write_labels
+from mmace.labels.gate import collect, fingerprint, job_frames, judge
+from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, read_splits, write_plan, write_splits
+from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
+from mmace.labels.sampling import build, expand, read_sampling
+
+RECORDED = Path(__file__).parent / "test_labels_data"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+HARTREE, BOHR = 27.211386, 0.52917721
+SETTINGS = {
+    "noncollinear": False, "ecut": 18, "pawecutdg": 36, "ecutsm": 0.5, "occopt": 6, "tsmear": 0.02, "k_spacing": 0.25,
+    "tolvrs": 1e-6, "nstep": 45, "magcon_lambda": 0.02, "ratsph": {"Fe": 2.2, "Al": 2.2}, "ratsm": 0.05,
+}  # fmt: skip
+COLLINEAR = Recipe("test-collinear", "abinit", ("Fe",), SETTINGS)
+NONCOLLINEAR = Recipe("test-noncollinear", "abinit", ("Fe",), {**SETTINGS, "noncollinear": True, "stress": False})
+SOC = Recipe("test-soc", "gpaw-soc", ("Fe",), {"directions": [[0, 0, 1], [2, 0, 0]], "kmesh": [2, 2, 2]})
+
+
+def feal(name: str = "feal", moment: float = 2.7, shift: float = 0.06) -> Job:
+    atoms = Atoms("FeAl", positions=[(0, 0, 0), (1.435, 1.435, 1.435 + shift)], cell=2.87 * np.eye(3), pbc=True)
+    return make_job(name, f"parent-{name}", "train", atoms, np.array([moment, 0.0]))
+
+
+def iron(name: str = "canted") -> Job:
+    moments = np.array([(0, 0, 2.2), (1.5556349, 0, 1.5556349)])
+    return make_job(name, "parent-canted", "train", bulk("Fe", "bcc", 2.85, cubic=True), moments)
+
+
+def recorded(name: str) -> str:
+    return (RECORDED / f"{name}.abo").read_text()
+
+
+def values(text: str, key: str) -> list[str]:
+    """Words on the lines that start with a variable's name, up to the next variable."""
+    words: list[str] = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.split()[:1] == [key]:
+            words += line.split()[1:]
+            for following in lines:
+                if not following.startswith("  "):
+                    break
+                words += following.split()
+    return words
+
+
+def stand_in(tmp_path: Path, body: str = "") -> Programs:
+    """Program that counts its calls and replays the recorded collinear run."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        f"import pathlib, shutil, sys, time\nwith open({str(tmp_path / 'calls')!r}, 'a') as f: f.write('x')\n"
+        f"text = pathlib.Path(sys.argv[1]).read_text()\n{body}\n"
+        f"shutil.copy({str(RECORDED / 'collinear.abo')!r}, 'job.abo')\n"
+    )
+    return Programs((sys.executable, str(script)), tmp_path)
+
+
+def calls(tmp_path: Path) -> int:
+    return len((tmp_path / "calls").read_text()) if (tmp_path / "calls").exists() else 0
+
+
+# Input
+
+
+def test_collinear_input_says_what_the_job_asks() -> None:
+    text = write_input(feal(), SETTINGS, ("Fe",), "/paw")
+    assert 'pseudos "Fe.GPAW.PBE.xml, Al.GPAW.PBE.xml"' in text
+    assert "nsppol 2 nspden 2" in text
+    assert values(text, "constraint_kind") == ["1", "0"]
+    assert [float(x) for x in values(text, "spinat")] == [0, 0, 2.7, 0, 0, 0]
+    assert values(text, "ngkpt")[:3] == ["9", "9", "9"]
+    assert [float(x) for x in values(text, "xred")][3:] == pytest.approx([0.5, 0.5, 0.5 + 0.06 / 2.87])
+
+
+def test_noncollinear_input_turns_spin_orbit_coupling_off() -> None:
+    text = write_input(iron(), dict(NONCOLLINEAR.settings), ("Fe",), "/paw")
+    assert "nspinor 2 nspden 4 nsppol 1" in text
+    assert "pawspnorb 0" in text
+    assert [float(x) for x in values(text, "spinat")] == pytest.approx([0, 0, 2.2, 1.5556349, 0, 1.5556349])
+
+
+def test_atoms_without_carriers_are_not_constrained() -> None:
+    job = make_job("al", "al", "train", bulk("Al", "fcc", 4.04), np.zeros(1))
+    text = write_input(job, SETTINGS, ("Fe",), "/paw")
+    assert "nsppol 1 nspden 1" in text
+    assert "constraint_kind" not in text
+
+
+def test_collinear_recipe_refuses_canted_moments() -> None:
+    with pytest.raises(LabelError, match="non-collinear recipe"):
+        write_input(iron(), SETTINGS, ("Fe",), "/paw")
+
+
+@pytest.mark.parametrize(
+    "atoms", [bulk("Fe", "bcc", 2.83), bulk("Al", "fcc", 4.04), bulk("Fe", "bcc", 2.83, cubic=True)]
+)
+def test_mesh_keeps_symmetry_and_spacing(atoms: Atoms) -> None:
+    atoms.set_cell(atoms.cell.array @ np.diag([1, 1, 1.07]), scale_atoms=True)
+    mesh = np.array(kpoint_mesh(atoms.cell.array, 0.25))
+    reciprocal = 2 * np.pi * np.linalg.inv(atoms.cell.array).T
+    assert np.all(np.linalg.norm(reciprocal, axis=1) / mesh <= 0.25 + 1e-6)
+    turned = (reciprocal / mesh[:, None]) @ np.array([(0, 1, 0), (-1, 0, 0), (0, 0, 1)])
+    steps = turned @ np.linalg.inv(reciprocal / mesh[:, None])
+    assert np.allclose(steps, np.round(steps))
+
+
+# Output
+
+
+def test_recorded_collinear_output() -> None:
+    result = parse_output(recorded("collinear"), 2)
+    assert (result["code"], result["converged"], result["scf_steps"]) == ("abinit-9.6.2", True, 15)
+    assert result["energy"] == pytest.approx(-24.105928834 * HARTREE, rel=1e-7)
+    assert np.array(result["forces"])[:, 2] == pytest.approx(np.array([1, -1]) * 1.1044841411e-2 * HARTREE / BOHR)
+    assert result["stress"][:3] == pytest.approx(
+        np.array([-8.4092486719e-4, -8.4092486719e-4, -8.2413039619e-4]) * HARTREE / BOHR**3
+    )
+    assert np.array(result["moments"])[:, 2] == pytest.approx([2.699989, -0.122535])
+    assert result["magnetic_forces"][0][2] == pytest.approx(-3.7358644392e-2 * HARTREE)
+
+
+def test_recorded_noncollinear_output() -> None:
+    result = parse_output(recorded("noncollinear"), 2)
+    assert np.array(result["moments"]) == pytest.approx(np.array([(0.000424, 0, 2.199628), (1.555633, 0, 1.555934)]))
+    assert result["magnetic_forces"][1] == pytest.approx(
+        np.array([-1.1957609869e-3, -2.8901409578e-7, 5.0268698459e-3]) * HARTREE
+    )
+
+
+def test_output_that_ends_early_is_an_error() -> None:
+    text = recorded("collinear")
+    for broken in (text[: len(text) // 2], text.replace("fcart", "other"), ""):
+        with pytest.raises(LabelError):
+            parse_output(broken, 2)
+
+
+# Gate and contract
+
+
+def good_result(**changes: object) -> dict:
+    return {**parse_output(recorded("collinear"), 2), **changes}
+
+
+def test_gate_takes_good_results_and_says_why_not() -> None:
+    job = feal()
+    assert judge(job, good_result(), ("Fe",)) is None
+    assert judge(job, good_result(converged=False), ("Fe",)) == "scf"
+    assert judge(replace(job, moments=((0, 0, 2.6975), (0, 0, 0))), good_result(), ("Fe",)) == "moment"
+    assert judge(replace(job, moments=((0, 0, 2.6985), (0, 0, 0))), good_result(), ("Fe",)) is None
+    assert judge(job, {"failed": "no output"}, ("Fe",)) == "failed"
+    collapsed = {"converged": True, "soc_energies": [0.0, 0.0], "moments": [0.01, 0.0]}
+    assert judge(job, collapsed, ("Fe",)) == "collapsed"
+
+
+def test_unconverged_recording_is_seen(tmp_path: Path) -> None:
+    text = recorded("collinear").replace("< tolvrs=  1.00E-06 =>converged.", "")
+    assert parse_output(text, 2)["converged"] is False
+
+
+def test_frames_keep_the_contract_through_a_file(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal(),))
+    (frame,) = job_frames(plan, plan.jobs[0], good_result())
+    write_labels(tmp_path / "labels.extxyz", [frame])
+    atoms = read(tmp_path / "labels.extxyz")
+    assert atoms.get_potential_energy() == frame.get_potential_energy()
+    assert np.allclose(atoms.get_forces(), frame.get_forces(), atol=1e-8)
+    assert np.allclose(atoms.get_stress(), frame.get_stress())
+    assert np.allclose(atoms.get_initial_magnetic_moments(), [(0, 0, 2.699989), (0, 0, 0)])
+    assert np.isnan(atoms.arrays["magnetic_forces"][1]).all()
+    assert atoms.info["parent"] == "parent-feal"
+    assert len(read_labels(tmp_path / "labels.extxyz")) == 1
+
+
+def test_noncollinear_frames_give_no_transverse_gradient() -> None:
+    plan = Plan("test", NONCOLLINEAR, (iron(),))
+    result = parse_output(recorded("noncollinear"), 2)
+    (frame,) = job_frames(plan, plan.jobs[0], result)
+    assert "stress" not in frame.calc.results
+    gradients = np.array(result["magnetic_forces"])
+    assert frame.arrays["magnetic_forces"][0, 2] == pytest.approx(gradients[0, 2])
+    assert np.isnan(frame.arrays["magnetic_forces"][0, :2]).all()
+    assert np.isnan(frame.arrays["magnetic_forces"][1, [0, 2]]).all()
+    axis = np.array(result["moments"][1]) / np.linalg.norm(result["moments"][1])
+    assert frame.arrays["magnetic_forces_parallel"][1] == pytest.approx(gradients[1] @ axis)
+
+
+def test_anisotropy_frames_turn_the_moments_and_share_a_group() -> None:
+    plan = Plan("test", SOC, (feal(),))
+    result = {
+        "converged": True,
+        "code": "gpaw-0",
+        "energy": -1.0,
+        "moments": [0.8, -0.03],
+        "soc_energies": [-1.5, -1.6],
+    }
+    first, second = job_frames(plan, plan.jobs[0], result)
+    assert np.allclose(first.arrays["initial_magmoms"], [(0, 0, 0.8), (0, 0, 0)])
+    assert np.allclose(second.arrays["initial_magmoms"], [(0.8, 0, 0), (0, 0, 0)])
+    assert first.info["anisotropy_group"] == second.info["anisotropy_group"]
+    assert (first.info["soc"], second.get_potential_energy()) == (1, -1.6)
+
+
+def labelled(**info: object) -> Atoms:
+    atoms = bulk("Fe", "bcc", 2.83)
+    atoms.set_initial_magnetic_moments(None)
+    atoms.set_initial_magnetic_moments(np.array([(0.0, 0.0, 2.2)]))
+    atoms.info.update({"parent": "p", "name": "n", "code": "c", "recipe": "r", "soc": 0} | info)
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda a: a.info.pop("parent"), "parent"),
+        (lambda a: a.info.update(soc=2), "soc"),
+        (lambda a: a.info.update(soc=1), "anisotropy_group"),
+        (lambda a: a.calc.results.update(energy=float("nan")), "energy"),
+        (lambda a: a.calc.results.update(stress=np.full(6, np.nan)), "stress"),
+        (lambda a: a.arrays.pop("initial_magmoms"), "initial_magmoms"),
+        (lambda a: a.arrays.update(magnetic_forces=np.full((1, 3), np.inf)), "magnetic_forces"),
+    ],
+)
+def test_broken_frames_are_not_written(tmp_path: Path, spoil: Callable, words: str) -> None:
+    atoms = labelled()
+    spoil(atoms)
+    with pytest.raises(LabelError, match=words):
+        write_labels(tmp_path / "labels.extxyz", [labelled(), atoms])
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprint_sees_equal_states_and_tells_others_apart() -> None:
+    primitive, cubic = bulk("Fe", "bcc", 2.83), bulk("Fe", "bcc", 2.83, cubic=True)
+    for atoms, moments in ((primitive, [2.2]), (cubic, [-2.2, -2.2])):
+        atoms.set_initial_magnetic_moments(None)
+        atoms.set_initial_magnetic_moments([(m, 0.0, 0.0) for m in moments])
+    one, two = fingerprint(primitive), fingerprint(cubic)
+    per_atom = [k for k in range(len(one)) if k != 0]
+    assert np.allclose(one[per_atom], two[per_atom])
+    cubic.set_initial_magnetic_moments([(2.2, 0, 0), (-2.2, 0, 0)])
+    assert not np.allclose(one[per_atom], fingerprint(cubic)[per_atom], atol=1e-3)
+
+
+# Runner
+
+
+def test_run_keeps_finished_jobs_and_reruns_changed_ones(tmp_path: Path) -> None:
+    programs = stand_in(tmp_path)
+    plan = Plan("test", COLLINEAR, (feal("one"), feal("two")))
+    assert run_plan(plan, tmp_path / "work", programs, workers=2)["done"] == 2
+    assert run_plan(plan, tmp_path / "work", programs)["kept"] == 2
+    assert calls(tmp_path) == 2
+    changed = Plan("test", COLLINEAR, (feal("one"), feal("two", shift=0.07)))
+    assert read_result(changed, changed.jobs[1], tmp_path / "work") is None
+    assert run_plan(changed, tmp_path / "work", programs) == {"done": 1, "failed": 0, "kept": 1, "busy": 0}
+
+
+def test_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    stand_in(
+        tmp_path, "if (pathlib.Path(sys.argv[0]).parent / 'slow').exists() and '2.5000000000' in text: time.sleep(60)"
+    )
+    plan = Plan("test", COLLINEAR, (feal("one"), feal("two", moment=2.5)))
+    write_plan(tmp_path / "plan.json", plan)
+    (tmp_path / "slow").touch()
+    code = (
+        "import sys; from pathlib import Path; from mmace.labels.plan import read_plan; "
+        "from mmace.labels.run import Programs, run_plan; folder = Path(sys.argv[1]); "
+        "run_plan(read_plan(folder / 'plan.json'), folder / 'work', "
+        "Programs((sys.executable, str(folder / 'program.py')), folder))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while calls(tmp_path) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert calls(tmp_path) == 2
+    assert read_result(plan, plan.jobs[0], tmp_path / "work") is not None
+    assert read_result(plan, plan.jobs[1], tmp_path / "work") is None
+    (tmp_path / "slow").unlink()
+    counts = run_plan(plan, tmp_path / "work", Programs((sys.executable, str(tmp_path / "program.py")), tmp_path))
+    assert counts == {"done": 1, "failed": 0, "kept": 1, "busy": 0}
+
+
+def test_failed_and_late_jobs_are_recorded_and_can_be_retried(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    assert run_plan(plan, tmp_path / "work", stand_in(tmp_path, "sys.exit(3)"))["failed"] == 1
+    assert run_plan(plan, tmp_path / "work", stand_in(tmp_path))["kept"] == 1
+    late = stand_in(tmp_path, "time.sleep(60)")
+    assert run_plan(plan, tmp_path / "work", late, retry=True, limit_s=0.5)["failed"] == 1
+    result = read_result(plan, plan.jobs[0], tmp_path / "work")
+    assert result is not None
+    assert "within" in result["failed"]
+    assert run_plan(plan, tmp_path / "work", stand_in(tmp_path), retry=True)["done"] == 1
+
+
+def test_two_runs_share_a_folder(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    waiting = stand_in(tmp_path, "time.sleep(2)")
+    code = (
+        "import sys; from pathlib import Path; from mmace.labels.plan import read_plan; "
+        "from mmace.labels.run import Programs, run_plan; folder = Path(sys.argv[1]); "
+        "run_plan(read_plan(folder / 'plan.json'), folder / 'work', Programs((sys.executable, sys.argv[2]), folder))"
+    )
+    write_plan(tmp_path / "plan.json", plan)
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), waiting.command[1]])
+    deadline = time.monotonic() + 60
+    while calls(tmp_path) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert run_plan(plan, tmp_path / "work", waiting)["busy"] == 1
+    assert other.wait(60) == 0
+    assert calls(tmp_path) == 1
+
+
+def test_collect_counts_what_was_rejected(tmp_path: Path) -> None:
+    off = feal("off", moment=2.4)
+    plan = Plan("test", COLLINEAR, (feal("one"), feal("again"), off, feal("missing", shift=0.1)))
+    run_plan(plan, tmp_path / "work", stand_in(tmp_path), only=["one", "again", "off"])
+    frames, report = collect(plan, tmp_path / "work")
+    assert [atoms.info["name"] for atoms in frames] == ["one"]
+    assert report.rejected == {"duplicate": ["again"], "moment": ["off"]}
+    assert (report.accepted, report.unfinished) == (1, 1)
+
+
+# Differences
+
+
+def test_differences_recover_a_known_gradient(tmp_path: Path) -> None:
+    plan = difference_plan(Plan("test", COLLINEAR, (feal(),)), "feal")
+    names = {job.name for job in plan.jobs}
+    assert {"base", "force-plus", "stress-minus", "parallel-plus"} <= names
+    stiffness, base = 0.7, feal()
+
+    def energy(job: Job) -> float:
+        atoms, start = job.atoms(), base.atoms()
+        return float(
+            3.0 * 2.87 * (atoms.get_scaled_positions() - start.get_scaled_positions())[1, 2]
+            + stiffness * (job.moments[0][2] - 2.7)
+            + 2.0 * (atoms.cell[2, 2] / start.cell[2, 2] - 1)
+        )
+
+    for job in plan.jobs:
+        folder = tmp_path / plan.name / job.name
+        folder.mkdir(parents=True)
+        volume = base.atoms().get_volume()
+        result = good_result(
+            energy=energy(job), moments=job.moments, forces=[[0, 0, 3.0], [0, 0, -3.0]],
+            stress=[0, 0, 2.0 / volume, 0, 0, 0], magnetic_forces=[[0, 0, -stiffness], [0, 0, 0]],
+        )  # fmt: skip
+        (folder / "result.json").write_text(json.dumps({**result, "key": job_key(plan, job)}))
+    rows = compare_differences(plan, tmp_path)
+    by_name = {row[0]: (float(row[1]), float(row[2])) for row in rows}
+    assert by_name["force z"] == pytest.approx((-3.0, -3.0))
+    assert by_name["magnetic force, parallel"] == pytest.approx((-stiffness, -stiffness))
+    assert by_name["stress zz"] == pytest.approx(
+        (2.0 / base.atoms().get_volume(), 2.0 / base.atoms().get_volume()), abs=2e-3
+    )
+
+
+def test_differences_of_canted_moments_turn_them_too() -> None:
+    plan = difference_plan(Plan("test", NONCOLLINEAR, (iron(),)), "canted")
+    plus = next(job for job in plan.jobs if job.name == "transverse-plus")
+    assert plus.moments[0] == pytest.approx((0.05, 0, 2.2))
+
+
+# Programs and data sets
+
+
+def test_missing_programs_and_data_sets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MMACE_PAW", raising=False)
+    with pytest.raises(MissingProgramError, match=r"no-such-abinit.*apt-get install abinit.*--abinit"):
+        find_program("no-such-abinit")
+    with pytest.raises(MissingProgramError, match=r"PAW data set for Zz.*gpaw-data.*--paw"):
+        find_datasets(["Zz"], tmp_path, tmp_path / "paw")
+    with pytest.raises(MissingProgramError, match=r"no GPAW.*--gpaw-python"):
+        find_programs(Plan("test", SOC, (feal(),)), tmp_path, gpaw_python=str(tmp_path / "no-python"))
+
+
+def test_compressed_data_sets_are_unpacked(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "Fe.PBE.gz").write_bytes(gzip.compress(b"<paw/>"))
+    folder = find_datasets(["Fe"], tmp_path, tmp_path / "paw")
+    assert (folder / "Fe.GPAW.PBE.xml").read_text() == "<paw/>"
+
+
+def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(tmp_path / "plan.json", Plan("test", COLLINEAR, (feal(),)))
+    status = main(["label", "run", str(tmp_path / "plan.json"), "--work", str(tmp_path), "--abinit", "no-such-abinit"])
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.err.startswith("error: the program 'no-such-abinit'")
+    assert printed.err.count("\n") == 1
+
+
+# Plans, sampling, splits
+
+
+def test_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = Plan("test", NONCOLLINEAR, (iron(), feal()))
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == replace(plan, recipe=read_plan(tmp_path / "plan.json").recipe)
+    assert job_key(read_plan(tmp_path / "plan.json"), iron()) == job_key(plan, iron())
+
+
+@pytest.mark.parametrize(
+    ("jobs", "words"),
+    [
+        ((feal(), feal()), "twice"),
+        ((feal(), replace(feal("b"), parent="parent-feal", split="test")), "two splits"),
+        ((replace(feal(), name="../escape"),), "name"),
+        ((replace(feal(), split="other"),), "split"),
+        ((replace(feal(), symbols=("Fe", "Qq")),), "unknown element"),
+        ((replace(feal(), moments=((0, 0, float("nan")), (0, 0, 0))),), "finite"),
+        ((replace(feal(), moments=((0, 0, 1), (0, 0, 1))),), "no carrier"),
+    ],
+)
+def test_bad_plans_are_refused(jobs: tuple[Job, ...], words: str) -> None:
+    with pytest.raises(LabelError, match=words):
+        check_plan(Plan("test", COLLINEAR, jobs))
+
+
+def test_sampling_builds_what_it_says() -> None:
+    do3 = build({"type": "fcc-body", "species": ["Fe", "Fe", "Al", "Fe"], "a": 5.74})
+    distances = np.sort(do3.get_distances(2, [0, 1, 3], mic=True))
+    assert distances[:2] == pytest.approx([5.74 * np.sqrt(3) / 4] * 2)
+    assert distances[2] == pytest.approx(5.74 / 2)
+    squeezed = build({"type": "b2", "species": ["Fe", "Al"], "a": 2.87, "tetragonal": 0.06})
+    assert squeezed.get_volume() == pytest.approx(2.87**3)
+    assert squeezed.cell[2, 2] == pytest.approx(2.87 * 1.06)
+    layers = build({"type": "stack", "species": ["Fe", "Al", "-", "Al"], "a": 2.8, "c": 3.0})
+    assert layers.get_chemical_formula() == "Al2Fe"
+    assert layers.cell[2, 2] == pytest.approx(6.0)
+
+
+def test_sampling_splits_by_parent_and_names_its_faults() -> None:
+    lattice = {"type": "b2", "species": ["Fe", "Al"], "a": 2.87}
+    family = {
+        "tag": "x",
+        "lattice": lattice,
+        "parents": [{"scale": 1 + k / 100, "moments": [0.5, 1.0]} for k in range(44)],
+    }
+    data = {
+        "name": "s",
+        "seed": 0,
+        "recipe": {"name": "r", "engine": "abinit", "carriers": ["Fe"], "settings": SETTINGS},
+    }
+    plan = expand({**data, "families": [family]})
+    check_plan(plan)
+    assert (len(plan.parents("test")), len(plan.parents("valid"))) == (6, 4)
+    assert expand({**data, "families": [family]}) == plan
+    assert not expand({**data, "families": [{**family, "train_only": True}]}).parents("test")
+    broken = {**family, "parents": [{"moments": [[0.5, 0.5]]}]}
+    with pytest.raises(LabelError, match=r"family 'x'.*2 moments for 1 carriers"):
+        expand({**data, "families": [broken]})
+
+
+def test_splits_refuse_a_parent_in_two(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal(),))
+    with pytest.raises(LabelError, match="parent-feal"):
+        write_splits(tmp_path / "splits.json", [plan], {"test": ["parent-feal"]})
+    assert not (tmp_path / "splits.json").exists()
+
+
+# The data that is shipped
+
+
+SYSTEMS = [path.parent for path in sorted(BENCHMARKS.glob("*/splits.json"))]
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda path: path.name)
+def test_shipped_labels_keep_contract_checksums_and_splits(system: Path) -> None:
+    splits = read_splits(system / "splits.json")
+    split_of = {parent: split for split, parents in splits.items() for parent in parents}
+    for name in check_checksums(system / "data"):
+        frames = read_labels(system / "data" / name)
+        assert {atoms.info["parent"] for atoms in frames} <= set(split_of)
+        names = [atoms.info["name"] for atoms in frames]
+        assert len(names) == len(set(names))
+
+
+def test_shipped_plans_come_from_their_sampling() -> None:
+    found = sorted(BENCHMARKS.glob("*/plans/*.sampling.json"))
+    assert found
+    for path in found:
+        plan = read_plan(path.with_name(path.name.replace(".sampling", "")))
+        again = read_sampling(path)
+        assert [(job.name, job.split) for job in again.jobs] == [(job.name, job.split) for job in plan.jobs]
+        for job, same in zip(plan.jobs, again.jobs, strict=True):
+            assert np.allclose(job.atoms().positions, same.atoms().positions, atol=1e-6)
+            assert job.symbols == same.symbols
+
+
+def test_changed_label_file_is_noticed(tmp_path: Path) -> None:
+    write_labels(tmp_path / "a.extxyz", [labelled()])
+    write_checksums(tmp_path)
+    assert check_checksums(tmp_path) == ["a.extxyz"]
+    (tmp_path / "a.extxyz").write_text((tmp_path / "a.extxyz").read_text().replace("2.2", "2.3"))
+    with pytest.raises(LabelError, match=r"a\.extxyz.*does not match"):
+        check_checksums(tmp_path)
+    write_labels(tmp_path / "b.extxyz", [labelled()])
+    with pytest.raises(LabelError):
+        check_checksums(tmp_path)
+    (tmp_path / "a.extxyz").unlink()
+    with pytest.raises(LabelError, match="not there"):
+        check_checksums(tmp_path)
