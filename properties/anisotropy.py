@@ -30,6 +30,10 @@ DEGREES = (0, 2, 4, 6)
 CANTING = 1e-3
 """Largest part of a moment across the common axis, relative to the largest moment, of a collinear pattern."""
 CHUNK = 64
+ZERO_NOTE = {
+    True: "E(n) is constant to rounding: no anisotropy, as it must be without spin-orbit coupling",
+    False: "E(n) is constant to rounding: the anisotropy, if there is any, lies below the calculator's precision",
+}
 
 
 @dataclass(frozen=True)
@@ -305,10 +309,8 @@ class Anisotropy(Property):
         dataset.attrs["system"] = symmetry.system
         dataset.attrs["rotations"] = symmetry.rotations
         if self.options.strain:
-            if not pattern.collinear or int(dataset["is_zero"]):
-                raise OptionError(
-                    "magnetoelastic constants need a collinear pattern with an anisotropy; leave strain out"
-                )
+            if not pattern.collinear:
+                raise OptionError("magnetoelastic constants need a collinear pattern of moments; leave strain out")
             dataset.update(self._strain(atoms, calculator, moments, symmetry, progress))
         return dataset
 
@@ -534,7 +536,7 @@ class Anisotropy(Property):
             lambda d, t: progress("strain", d, t),
         )
 
-    def finish(self, dataset: xr.Dataset) -> xr.Dataset:
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
         """Restore the length of axes that were averaged, and say in words what holds."""
         dataset.attrs.pop("rotations")
         for name in ("easy_axis", "hard_axis"):
@@ -542,9 +544,7 @@ class Anisotropy(Property):
                 length = np.linalg.norm(dataset[name].values)
                 dataset[name].values[...] = dataset[name].values / length
         if int(dataset["is_zero"]):
-            dataset.attrs["note"] = (
-                "E(n) is constant to rounding: no anisotropy, as it must be without spin-orbit coupling"
-            )
+            dataset.attrs["note"] = ZERO_NOTE[calculator.soc is False]
         elif float(dataset.get("symmetry_residual", xr.DataArray(0.0))) > 1e-2 * float(dataset["mae"]):
             dataset.attrs["note"] = (
                 f"E(n) breaks the lattice's symmetry by {float(dataset['symmetry_residual']):.2g} µeV/atom "

@@ -180,7 +180,7 @@ class Property(ABC):
         """Bring the members' datasets to one choice among equivalent ones, before they are averaged."""
         return parts
 
-    def finish(self, dataset: xr.Dataset) -> xr.Dataset:
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
         """Restore what averaging over members does not keep, such as the length of an axis."""
         return dataset
 
@@ -233,7 +233,7 @@ class Property(ABC):
             prefix = f"member {k + 1}/{len(members)}, " if len(members) > 1 else ""
             parts.append(shared.compute(atoms, member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
         dataset = parts[0] if len(parts) == 1 else combine(shared.align(parts))
-        dataset = shared.finish(dataset)
+        dataset = shared.finish(dataset, asked)
         options = {**dataclasses.asdict(self.options), "moments": self.mode(asked)}
         attrs = provenance.attributes(
             atoms, asked, symprec=self.options.symprec, mag_symprec=self.options.mag_symprec, options=options

@@ -24,6 +24,10 @@ Array = NDArray[np.float64]
 
 STATES = ("fm", "afm", "nm", "given")
 FITS = ("birch_murnaghan", "vinet")
+TIE = 1e-8
+"""Energies in eV/atom closer than this are one."""
+VANISHED = 0.01
+"""A moment below this, in µB, has vanished."""
 WIDEST = (0.4, 2.5)
 """Volumes, relative to that of the structure, between which a minimum is looked for."""
 
@@ -344,10 +348,11 @@ class EquationOfState(Property):
                 )
         return fits
 
-    def finish(self, dataset: xr.Dataset) -> xr.Dataset:
-        """Name the ground state."""
-        lowest = dataset["E0"].sel(fit=FITS[0]).argmin("state")
-        dataset.attrs["ground_state"] = str(dataset["state"].values[int(lowest)])
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
+        """Name the ground state; it is nm where a state with moments has lost them."""
+        energies = dataset["E0"].sel(fit=FITS[0])
+        lowest = energies["state"].values[energies.values <= energies.values.min() + TIE]
+        dataset.attrs["ground_state"] = "nm" if "nm" in lowest else str(lowest[0])
         return dataset
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:
@@ -383,6 +388,8 @@ class EquationOfState(Property):
                         "µB",
                     )
                 )
+            if state != "nm" and float(dataset["moment"].sel(state=state).min()) < VANISHED:
+                rows.append(Row(f"{state} moments", "vanish at some volumes"))
             if not dataset["order_kept"].sel(state=state).values.all():
                 rows.append(Row(f"{state} order", "lost at some volumes"))
         for pair in dataset["transition"].values if "transition" in dataset.coords else ():
