@@ -17,7 +17,7 @@ from torch import nn
 
 from ._backends import FullyConnectedNet, RadialEmbeddingBlock, o3
 
-SATURATION_WIDTH = 0.2
+SATURATION_WIDTH = 0.05
 
 
 def ell_of_component(max_ell: int) -> list[int]:
