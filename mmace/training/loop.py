@@ -24,11 +24,13 @@ from .checkpoint import read_checkpoint, write_checkpoint
 from .evaluate import errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
 from .recipe import Recipe
+from .restraint import make_probe, restraint_loss
 from .setup import initial_model
 
 CHECKPOINT_SECONDS = 60.0
 VALID_BATCH = 16
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
+ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM = range(4)
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
@@ -173,7 +175,8 @@ class _Run:
         self.valid_labels_batched = [LabelBatch.collate(part) for part in _chunks(valid_single)]
         self.valid_groups_batched = [DirectionBatch.collate(part) for part in _chunks(valid_groups)]
         if bootstrap:
-            self.labels, self.groups = _redrawn(self.labels, seed, 1), _redrawn(self.groups, seed, 2)
+            self.labels = _redrawn(self.labels, self._rng(LABEL_STREAM))
+            self.groups = _redrawn(self.groups, self._rng(GROUP_STREAM))
         self.steps_per_epoch = max(
             math.ceil(len(self.labels) / recipe.batch_size), math.ceil(len(self.groups) / recipe.groups_per_step)
         )
@@ -219,7 +222,7 @@ class _Run:
 
     def _epoch_batches(self) -> list[tuple[LabelBatch | None, DirectionBatch | None]]:
         """Batches of this epoch; the order depends on seed and epoch alone, so a resumed run repeats it."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = self._rng(ORDER_STREAM, self.epoch)
         label_parts = np.array_split(rng.permutation(len(self.labels)), self.steps_per_epoch)
         group_parts = np.array_split(rng.permutation(len(self.groups)), self.steps_per_epoch)
         return [
@@ -244,6 +247,9 @@ class _Run:
             loss = _mean_loss(self.model, part, recipe)
             loss.total().backward()
             terms += [float(getattr(loss, name).detach()) for name in TERMS]
+        if labels is not None and recipe.restrain_every and self.step % recipe.restrain_every == 0:
+            generator = torch.Generator().manual_seed(int(self._rng(RESTRAINT_STREAM, self.step).integers(2**62)))
+            restraint_loss(self.model, make_probe(self.model, labels, generator)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         memory = min(recipe.ema, (1.0 + self.step) / (10.0 + self.step))
@@ -251,6 +257,10 @@ class _Run:
             for name, value in self.model.named_parameters():
                 self.average[name].lerp_(value, 1.0 - memory)
         return terms
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        """Numbers that depend on the seed and `key` alone, so that a resumed run draws the same."""
+        return np.random.default_rng([self.seed, *key])
 
     def _learning_rate(self) -> float:
         recipe = self.recipe
@@ -361,6 +371,5 @@ def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
     return [items[k : k + VALID_BATCH] for k in range(0, len(items), VALID_BATCH)]
 
 
-def _redrawn(items: list[T], seed: int, stream: int) -> list[T]:
-    rng = np.random.default_rng([seed, stream, 0])
+def _redrawn(items: list[T], rng: np.random.Generator) -> list[T]:
     return [items[k] for k in rng.integers(len(items), size=len(items))] if items else []

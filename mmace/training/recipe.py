@@ -85,6 +85,8 @@ class Recipe:
         Memory of the exponential moving average of the weights; the averaged weights are the result.
     validate_every : int
         Epochs between validations.
+    restrain_every : int
+        Steps between those that restrain the surface beyond the labels; 0 never does.
     patience : int
         Stop after this many epochs without a better validation.
     dtype : str
@@ -103,6 +105,7 @@ class Recipe:
     clip: float = 100.0
     ema: float = 0.995
     validate_every: int = 5
+    restrain_every: int = 3
     patience: int = 400
     dtype: str = "float64"
 
