@@ -149,12 +149,12 @@ def test_a_perfect_model_has_no_loss_and_signs_matter(teacher, labels):
     for quantity in ("forces", "stress", "magnetic_forces"):
         flipped = [replace(x, **{quantity: -getattr(x, quantity)}) for x in single]
         loss = label_loss(teacher, batch_of(flipped, teacher), TOLERANCES)
-        assert float(getattr(loss, quantity)) > 1.0
+        assert float(getattr(loss, quantity).detach()) > 1.0
         assert float(loss.total() - getattr(loss, quantity)) < 1e-8
     perfect = direction_loss(teacher, directions_of(labels["train"], teacher), TOLERANCES)
     assert float(perfect.total()) < 1e-8
     backwards = [replace(x, energy=-x.energy) for x in labels["train"]]
-    assert float(direction_loss(teacher, directions_of(backwards, teacher), TOLERANCES).anisotropy) > 1.0
+    assert float(direction_loss(teacher, directions_of(backwards, teacher), TOLERANCES).anisotropy.detach()) > 1.0
 
 
 def test_missing_labels_carry_no_weight(teacher, labels):
@@ -220,6 +220,36 @@ def test_every_parameter_gets_gradient_and_soc_free_labels_leave_spin_orbit_alon
     assert dead == []
     al = model.elements.index("Al")
     assert not model.one_body.weight.grad[al].any()
+
+
+def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labels):
+    from mmace.training.restraint import make_probe, restraint_loss
+
+    batch = batch_of(labels["train"], teacher)
+    batch = LabelBatch.collate([batch, batch, batch])
+    probe = make_probe(teacher, batch, torch.Generator().manual_seed(0))
+    again = make_probe(teacher, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(probe.batch.graph.moments, again.batch.graph.moments)
+    graph, old = probe.batch.graph, batch.graph
+    stretched, expanded = probe.stretched.bool(), probe.expanded.bool()
+    assert stretched.any()
+    assert expanded.any()
+    assert torch.equal(graph.moments[~stretched], old.moments[~stretched])
+    assert (graph.moments[stretched].norm(dim=1) >= (3.0 - 0.1) / 1.2 - 1e-12).all()
+    assert not stretched[graph.species == teacher.elements.index("Al")].any()
+    assert (graph.volume[expanded] > old.volume[expanded]).all()
+    assert torch.equal(graph.cell[~expanded], old.cell[~expanded])
+    assert (batch.stress.value[expanded, :3].sum(1) > 0).all()
+
+    quiet = MagneticMACE(teacher.config)
+    with torch.no_grad():
+        for readout in quiet.readouts.parameters():
+            readout.zero_()
+        quiet.one_body.weight[1] = torch.tensor([-5.0, 0.0])  # E1 = 10 |m|²/M_z²
+    assert float(restraint_loss(quiet, probe).detach()) == 0.0
+    with torch.no_grad():
+        quiet.one_body.weight[1] *= -1.0
+    assert float(restraint_loss(quiet, probe).detach()) > 1.0
 
 
 # Constants
