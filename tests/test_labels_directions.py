@@ -33,7 +33,8 @@ from gpaw.spinorbit import soc_eigenstates
 from gpaw_soc import DirectionEnergies
 atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[[2.83, 0, 0], [0.05, 2.9, 0], [0, 0, 3]],
               pbc=True, magmoms=[1, 0])
-atoms.calc = GPAW(mode=PW(250), xc="PBE", kpts={"size": (4, 4, 3), "gamma": True}, occupations=FermiDirac(0.1), txt=None)
+settings = {"mode": PW(250), "xc": "PBE"}
+atoms.calc = GPAW(**settings, kpts={"size": (4, 4, 3), "gamma": True}, occupations=FermiDirac(0.1), txt=None)
 atoms.get_potential_energy()
 ours = DirectionEnergies(atoms.calc)
 for n, scale in (((0, 0, 1), 0), ((0, 0, 1), 1), ((0.3, -0.5, 0.8), 1), ((-0.3, -0.7, -0.1), 1)):
