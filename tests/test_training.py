@@ -150,7 +150,7 @@ def test_a_perfect_model_has_no_loss_and_signs_matter(teacher, labels):
         flipped = [replace(x, **{quantity: -getattr(x, quantity)}) for x in single]
         loss = label_loss(teacher, batch_of(flipped, teacher), TOLERANCES)
         assert float(getattr(loss, quantity).detach()) > 1.0
-        assert float(loss.total() - getattr(loss, quantity)) < 1e-8
+        assert float((loss.total() - getattr(loss, quantity)).detach()) < 1e-8
     perfect = direction_loss(teacher, directions_of(labels["train"], teacher), TOLERANCES)
     assert float(perfect.total()) < 1e-8
     backwards = [replace(x, energy=-x.energy) for x in labels["train"]]

@@ -28,7 +28,6 @@ from .restraint import make_probe, restraint_loss
 from .setup import initial_model
 
 CHECKPOINT_SECONDS = 60.0
-VALID_BATCH = 16
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
 ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM = range(4)
 
@@ -51,7 +50,7 @@ class Outcome:
     best_epoch : int
         Epoch of the weights in `model`.
     best_score : float
-        Their validation loss.
+        Their validation score, the mean over structures of log(1 + loss).
     """
 
     model: MagneticMACE
@@ -172,8 +171,7 @@ class _Run:
             self._restore(*saved)
         self.labels, self.groups = self._batches(train_labels)
         valid_single, valid_groups = self._batches(valid_labels)
-        self.valid_labels_batched = [LabelBatch.collate(part) for part in _chunks(valid_single)]
-        self.valid_groups_batched = [DirectionBatch.collate(part) for part in _chunks(valid_groups)]
+        self.valid: list[LabelBatch | DirectionBatch] = [*valid_single, *valid_groups]
         if bootstrap:
             self.labels = _redrawn(self.labels, self._rng(LABEL_STREAM))
             self.groups = _redrawn(self.groups, self._rng(GROUP_STREAM))
@@ -270,17 +268,17 @@ class _Run:
         return rate * min(1.0, self.step / max(recipe.warmup_steps, 1))
 
     def _validate(self) -> dict[str, Any]:
-        """Errors of the averaged weights on the validation labels, remembered if they are the best so far."""
+        """Errors of the averaged weights on the validation labels, remembered if they are the best so far.
+
+        The score is the mean logarithm of each structure's loss, so that one strange structure does not choose.
+        """
         model = self._model_with(self.average)
-        terms = np.zeros(len(TERMS))
-        for parts in (self.valid_labels_batched, self.valid_groups_batched):
-            total = sum(part.graph.n_graphs for part in parts)
-            for part in parts:
-                loss = _mean_loss(model, part, self.recipe, create_graph=False)
-                terms += [float(getattr(loss, name)) * part.graph.n_graphs / total for name in TERMS]
+        losses = [_mean_loss(model, part, self.recipe, create_graph=False) for part in self.valid]
+        values = np.array([[float(getattr(loss, name)) for name in TERMS] for loss in losses])
+        terms = values.mean(0)
+        score = float(np.log1p(values.sum(1)).mean())
         train_terms = dict(zip(TERMS, (self.terms / self.terms_steps).tolist(), strict=True))
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
-        score = float(terms.sum())
         if score < self.best_score:
             self.best_epoch, self.best_score = self.epoch, score
             self.best = {name: value.clone() for name, value in self.average.items()}
@@ -365,10 +363,6 @@ def _mean_loss(
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[k : k + VALID_BATCH] for k in range(0, len(items), VALID_BATCH)]
 
 
 def _redrawn(items: list[T], rng: np.random.Generator) -> list[T]:

@@ -33,7 +33,9 @@ def plot_log(log: str | os.PathLike[str], picture: str | os.PathLike[str]) -> No
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3).ravel()
     axes[0].plot(epochs, [sum(record["train_loss"].values()) for record in records], label="training")
-    axes[0].plot(epochs, [record["valid_score"] for record in records], label="validation, averaged weights")
+    axes[0].plot(
+        epochs, [sum(record["valid_loss"].values()) for record in records], label="validation, averaged weights"
+    )
     axes[0].set_title("loss")
     axes[0].legend(frameon=False)
     for axis, (key, title) in zip(axes[1:], PANELS, strict=True):
