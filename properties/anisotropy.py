@@ -17,7 +17,7 @@ from .conventions import MICRO_EV, MJ_PER_M3
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .magnetoelastic import magnetoelastic
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .symmetry import PatternSymmetry, orbit, pattern_symmetry
+from .symmetry import Pattern, PatternSymmetry, orbit, pattern_symmetry, shortest_rotation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,6 @@ Array = NDArray[np.float64]
 LEBEDEV = {86: 15, 110: 17, 146: 19, 170: 21, 194: 23, 302: 29, 350: 31, 434: 35, 590: 41, 770: 47, 974: 53}
 """Number of directions and degree of the quadratures with positive weights that keep l ≤ 6 apart."""
 DEGREES = (0, 2, 4, 6)
-CANTING = 1e-3
-"""Largest part of a moment across the common axis, relative to the largest moment, of a collinear pattern."""
 CHUNK = 64
 ZERO_NOTE = {
     True: "E(n) is constant to rounding: no anisotropy, as it must be without spin-orbit coupling",
@@ -66,50 +64,6 @@ class AnisotropyOptions(Options):
             raise OptionError(f"strain_step cannot be {self.strain_step:g}; it lies between 1e-5 and 0.02")
         if self.turns < 4:
             raise OptionError(f"turns cannot be {self.turns}; it is at least 4")
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A moment pattern that is turned as a rigid body.
-
-    Parameters
-    ----------
-    moments : shape (N, 3), µB.
-    axis : the common direction, or the principal one, shape (3,).
-    along : components along it, shape (N,), µB.
-    collinear : whether nothing stands across the axis.
-    """
-
-    moments: Array
-    axis: Array
-    along: Array
-    collinear: bool
-
-    @classmethod
-    def of(cls, moments: Array) -> "Pattern":
-        """Find the axis of moments of shape (N, 3) in µB."""
-        _, vectors = np.linalg.eigh(moments.T @ moments)
-        axis = vectors[:, -1]
-        along = moments @ axis
-        net = along.sum()
-        largest = np.abs(along).max()
-        leading = net if abs(net) > 1e-6 * largest else along[np.flatnonzero(np.abs(along) > 1e-3 * largest)[0]]
-        axis, along = axis * np.sign(leading), along * np.sign(leading)
-        across = np.abs(moments - along[:, None] * axis).max()
-        return cls(moments, axis, along, bool(across <= CANTING * largest))
-
-    def towards(self, directions: Array) -> Array:
-        """Return the shortest rotations of the axis to directions (B, 3), shape (B, 3, 3)."""
-        return np.array([_shortest_rotation(self.axis, n) for n in directions])
-
-
-def _shortest_rotation(start: Array, end: Array) -> Array:
-    cross, dot = np.cross(start, end), float(start @ end)
-    if dot < -1 + 1e-12:
-        across = np.linalg.svd(start[None])[2][1]
-        return 2 * np.outer(across, across) - np.eye(3)
-    k = np.array([[0, -cross[2], cross[1]], [cross[2], 0, -cross[0]], [-cross[1], cross[0], 0]])
-    return np.eye(3) + k + k @ k / (1 + dot)
 
 
 class Surface:
@@ -446,7 +400,7 @@ class Anisotropy(Property):
             if len(starts) == 2:
                 break
         freedom = np.linalg.svd(pattern.axis[None])[2][1:]
-        results = [refine(surface, _shortest_rotation(pattern.axis, s), freedom, sign, spread) for s in starts]
+        results = [refine(surface, shortest_rotation(pattern.axis, s), freedom, sign, spread) for s in starts]
         rotation, value, residual = min(results, key=lambda r: sign * r[1])
         axis = rotation @ pattern.axis
         candidates = orbit(axis, symmetry.rotations)

@@ -1,5 +1,6 @@
 """Pictures of datasets. Each function takes a dataset and returns a figure; none keeps global state."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,4 +154,38 @@ def plot_eos(dataset: xr.Dataset) -> Figure:
     upper.legend(frameon=False)
     lower.set_xlabel("volume (Å³/atom)")
     lower.set_ylabel("|m|  (µB)")
+    return figure
+
+
+def plot_spiral(dataset: xr.Dataset) -> Figure:
+    """Draw E(q) with its magnon scale where there is one, and |m|(q)."""
+    figure = new_figure(7.0, 6.0)
+    upper: Any = figure.add_subplot(2, 1, 1)
+    lower: Any = figure.add_subplot(2, 1, 2, sharex=upper)
+    place, energy = dataset["position"].values, dataset["energy"].values
+    marker = "-" if json.loads(dataset.attrs["path_labels"]) else "o"
+    upper.plot(place, energy, marker, color=COLOURS[0])
+    if "energy_std" in dataset:
+        spread = dataset["energy_std"].values
+        upper.fill_between(place, energy - spread, energy + spread, color=COLOURS[0], alpha=0.2, lw=0)
+    if "asymmetry" in dataset:
+        upper.plot(place, dataset["asymmetry"].values, "s", ms=3, color=COLOURS[1], label="E(q) − E(−q)")
+        upper.legend(frameon=False)
+    upper.set_ylabel("E(q) − E(0)  (meV/atom)")
+    upper.set_title(f"{dataset.attrs.get('formula', '')}, {dataset.attrs['route']}", fontsize=10)
+    lengths = dataset["length"].values
+    carrying = [k for k in range(lengths.shape[1]) if lengths[:, k].max() > 0]
+    for k, colour in zip(carrying, COLOURS * len(carrying), strict=False):
+        lower.plot(place, lengths[:, k], marker, color=colour, label=f"{dataset['element'].values[k]} {k}")
+    lower.set_ylabel("|m|  (µB)")
+    lower.legend(frameon=False, fontsize=8)
+    for name, x in json.loads(dataset.attrs["path_labels"]):
+        for axes in (upper, lower):
+            axes.axvline(x, color="0.8", lw=0.8, zorder=0)
+        lower.text(x, -0.08, "Γ" if name == "G" else name, transform=lower.get_xaxis_transform(), ha="center", va="top")
+    if json.loads(dataset.attrs["path_labels"]):
+        lower.tick_params(labelbottom=False, bottom=False)
+        upper.tick_params(labelbottom=False, bottom=False)
+    else:
+        lower.set_xlabel("wave vector number")
     return figure

@@ -6,10 +6,12 @@ Required is an ASE calculator with `energy` that reads `initial_magmoms`. Everyt
 central differences.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from math import lcm
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -287,7 +289,15 @@ class SpinCalculator:
             result["energies"] = np.array([self._property("energies", atoms, x) for x in m], dtype=float)
         return result
 
-    def evaluate_spirals(self, atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int = 64) -> dict[str, Array]:
+    def evaluate_spirals(
+        self,
+        atoms: Atoms,
+        q: ArrayLike,
+        axis: ArrayLike,
+        moments: ArrayLike | None = None,
+        max_cells: int = 64,
+        magnetic_forces: bool = True,
+    ) -> dict[str, Array]:
         """Evaluate spirals whose moments turn by 2π q·S about `axis` in the cell shifted by S.
 
         Parameters
@@ -295,12 +305,15 @@ class SpinCalculator:
         atoms : the primitive cell; its initial moments are those of S = 0 (their part along `axis` is the cone).
         q : wave vectors in fractional reciprocal coordinates, shape (Q, 3).
         axis : shape (3,).
+        moments : moments of the cell S = 0 for each wave vector, shape (Q, N, 3) in µB, in place of the structure's.
         max_cells : largest supercell where the calculator has no spirals of its own and a commensurate
             supercell replaces them.
+        magnetic_forces : whether they are wanted.
 
         Returns
         -------
-        ``energy`` (Q,) in eV per given cell, ``magnetic_forces`` (Q, N, 3) in eV/µB of the cell S = 0.
+        ``energy`` (Q,) in eV per given cell, ``magnetic_forces`` (Q, N, 3) in eV/µB of the cell S = 0. With
+        spin-orbit coupling on, the theorem does not hold, and supercells are used.
 
         Raises
         ------
@@ -308,17 +321,33 @@ class SpinCalculator:
         """
         waves = np.asarray(q, dtype=float).reshape(-1, 3)
         direction = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
-        if self.has("evaluate_spirals"):
-            with _asking("evaluate_spirals"):
-                found = self.calculator.evaluate_spirals(atoms, waves, direction)
-            return {k: np.asarray(v, dtype=float) for k, v in found.items()}
+        home = np.broadcast_to(
+            moments_of(atoms) if moments is None else np.asarray(moments), (len(waves), len(atoms), 3)
+        )
+        if self.has("evaluate_spirals") and self.soc is not True:
+            return self._native_spirals(atoms, waves, direction, home, magnetic_forces)
         energies, fields = [], []
-        for wave in waves:
-            cell, count = spiral_supercell(atoms, wave, direction, max_cells)
+        for wave, start in zip(waves, home, strict=True):
+            cell, count = spiral_supercell(with_moments(atoms, start), wave, direction, max_cells)
             moments = moments_of(cell)
             energies.append(self.energy(cell, moments) / count)
-            fields.append(self.magnetic_forces(cell, moments)[: len(atoms)])
-        return {"energy": np.array(energies), "magnetic_forces": np.array(fields)}
+            if magnetic_forces:
+                fields.append(self.magnetic_forces(cell, moments)[: len(atoms)])
+        result = {"energy": np.array(energies)}
+        return {**result, "magnetic_forces": np.array(fields)} if magnetic_forces else result
+
+    def _native_spirals(
+        self, atoms: Atoms, waves: Array, axis: Array, home: Array, magnetic_forces: bool
+    ) -> dict[str, Array]:
+        ask = self.calculator.evaluate_spirals
+        known = inspect.signature(ask).parameters
+        extra = {"magnetic_forces": magnetic_forces} if "magnetic_forces" in known else {}
+        with _asking("evaluate_spirals"):
+            if "moments" in known:
+                parts = [ask(with_moments(atoms, home[0]), waves, axis, moments=home, **extra)]
+            else:
+                parts = [ask(with_moments(atoms, m), q[None], axis, **extra) for m, q in zip(home, waves, strict=True)]
+        return {k: np.concatenate([np.asarray(p[k], dtype=float) for p in parts]) for k in parts[0]}
 
     def hessian(self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm")) -> dict[str, Array]:
         """Return blocks of second derivatives of E at the structure's moments.
@@ -502,7 +531,7 @@ def minimise(
 
 
 def spiral_supercell(atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int = 64) -> tuple[Atoms, int]:
-    """Return the smallest diagonal supercell that holds a commensurate spiral.
+    """Return the smallest and most compact supercell that holds a commensurate spiral.
 
     Parameters
     ----------
@@ -517,27 +546,40 @@ def spiral_supercell(atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int
     """
     wave = np.asarray(q, dtype=float)
     fractions = [Fraction(float(x)).limit_denominator(max_cells) for x in wave]
-    repeats = [f.denominator for f in fractions]
-    count = int(np.prod(repeats))
+    count = lcm(*(f.denominator for f in fractions))
     if count > max_cells or not np.allclose([float(f) for f in fractions], wave, atol=1e-9):
         raise errors.CalculatorError(
             f"the spiral q = ({', '.join(f'{x:g}' for x in wave)}) fits no supercell of {max_cells} cells, and the "
-            "calculator has no evaluate_spirals; choose a commensurate q or a larger limit"
+            "calculator has no evaluate_spirals for it; choose a commensurate q or a larger limit"
         )
+    steps = np.array([int(f * count) for f in fractions])
+    shape = min(
+        (h for h in _triangular(count) if not np.any(h @ steps % count)),
+        key=lambda h: float(np.sum((h @ atoms.cell[:]) ** 2)),
+    )
     moments = moments_of(atoms)
     unit = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
     positions, turned = [], []
-    for shift in itertools.product(*(range(r) for r in repeats)):
+    for shift in itertools.product(*(range(int(n)) for n in np.diag(shape))):
         rotation = Rotation.from_rotvec(2 * np.pi * (wave @ np.array(shift)) * unit)
         positions.append(atoms.positions + np.array(shift) @ atoms.cell[:])
         turned.append(rotation.apply(moments))
     cell = Atoms(
         numbers=np.tile(atoms.numbers, count),
         positions=np.concatenate(positions),
-        cell=atoms.cell[:] * np.array(repeats)[:, None],
+        cell=shape @ atoms.cell[:],
         pbc=True,
     )
     return with_moments(cell, np.concatenate(turned)), count
+
+
+def _triangular(count: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the Hermite normal forms of all superlattices of `count` cells, rows as lattice vectors."""
+    for a in (x for x in range(1, count + 1) if count % x == 0):
+        for d in (x for x in range(1, count // a + 1) if (count // a) % x == 0):
+            f = count // (a * d)
+            for b, c, e in itertools.product(range(d), range(f), range(f)):
+                yield np.array([[a, b, c], [0, d, e], [0, 0, f]])
 
 
 def _at_positions(atoms: Atoms, positions: Array) -> Atoms:

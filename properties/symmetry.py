@@ -1,4 +1,4 @@
-"""The symmetry of a collinear moment pattern that turns freely against the lattice, and its frame."""
+"""Moment patterns, the symmetry of one that turns freely against the lattice, and its frame."""
 
 import itertools
 from dataclasses import dataclass
@@ -12,8 +12,55 @@ from .errors import StructureError
 
 Array = NDArray[np.float64]
 
+CANTING = 1e-3
+"""Largest part of a moment across the common axis, relative to the largest moment, of a collinear pattern."""
 ANGLE = 1e-3
 """Two unit vectors closer than this are one."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A moment pattern that is turned as a rigid body.
+
+    Parameters
+    ----------
+    moments : shape (N, 3), µB.
+    axis : the common direction, or the principal one, shape (3,).
+    along : components along it, shape (N,), µB.
+    collinear : whether nothing stands across the axis.
+    """
+
+    moments: Array
+    axis: Array
+    along: Array
+    collinear: bool
+
+    @classmethod
+    def of(cls, moments: Array) -> "Pattern":
+        """Find the axis of moments of shape (N, 3) in µB."""
+        _, vectors = np.linalg.eigh(moments.T @ moments)
+        axis = vectors[:, -1]
+        along = moments @ axis
+        net = along.sum()
+        largest = np.abs(along).max()
+        leading = net if abs(net) > 1e-6 * largest else along[np.flatnonzero(np.abs(along) > 1e-3 * largest)[0]]
+        axis, along = axis * np.sign(leading), along * np.sign(leading)
+        across = np.abs(moments - along[:, None] * axis).max()
+        return cls(moments, axis, along, bool(across <= CANTING * largest))
+
+    def towards(self, directions: Array) -> Array:
+        """Return the shortest rotations of the axis to directions (B, 3), shape (B, 3, 3)."""
+        return np.array([shortest_rotation(self.axis, n) for n in directions])
+
+
+def shortest_rotation(start: Array, end: Array) -> Array:
+    """Return the shortest rotation of one unit vector to another, shape (3, 3)."""
+    cross, dot = np.cross(start, end), float(start @ end)
+    if dot < -1 + 1e-12:
+        across = np.linalg.svd(start[None])[2][1]
+        return 2 * np.outer(across, across) - np.eye(3)
+    k = np.array([[0, -cross[2], cross[1]], [cross[2], 0, -cross[0]], [-cross[1], cross[0], 0]])
+    return np.eye(3) + k + k @ k / (1 + dot)
 
 
 @dataclass(frozen=True)

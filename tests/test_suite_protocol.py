@@ -142,6 +142,8 @@ def test_spirals_by_supercell():
 def test_spiral_supercell_turns_by_the_lattice_vector():
     """Both atoms of a cell turn by the same angle from cell to cell."""
     atoms = with_moments(bulk("Fe", cubic=True, a=2.8), [[1.0, 0, 0], [0, 2.0, 0]])
+    cell, count = spiral_supercell(atoms, [0.25, 0.25, 0.5], [0, 0, 1])
+    assert count == 4
     cell, count = spiral_supercell(atoms, [0, 0, 0.25], [0, 0, 1])
     assert count == 4
     moments = moments_of(cell).reshape(4, 2, 3)

@@ -17,7 +17,7 @@ KAPPA = 160.21766208
 
 
 def as_tensor(x):
-    return torch.as_tensor(np.asarray(x), dtype=F64)
+    return torch.tensor(np.asarray(x), dtype=F64)
 
 
 def unit(v):
@@ -34,6 +34,18 @@ class System:
     numbers: np.ndarray
     fixed_cell: np.ndarray
     fixed_positions: np.ndarray
+    waves: torch.Tensor | None = None
+    axis: torch.Tensor | None = None
+
+    def neighbours(self, j, shift):
+        """Moments (B, P, 3) of the neighbours, turned by 2π q·S about the axis where there is a spiral."""
+        m = self.moments[:, j]
+        if self.waves is None:
+            return m
+        angle = 2 * np.pi * (self.waves @ as_tensor(shift).T)[..., None]
+        along = (m @ self.axis)[..., None] * self.axis
+        across = torch.linalg.cross(self.axis.expand_as(m), m)
+        return along + torch.cos(angle) * (m - along) + torch.sin(angle) * across
 
     def pairs(self, cutoff):
         i, j, shift = primitive_neighbor_list(
@@ -66,9 +78,9 @@ class Heisenberg:
     soc = False
 
     def sites(self, s):
-        i, j, r, _ = s.pairs(self.cutoff)
+        i, j, r, shift = s.pairs(self.cutoff)
         strength = self.J * torch.exp(-self.decay * (torch.linalg.norm(r, dim=1) - self.r0))
-        return scatter(-strength * (s.moments[:, i] * s.moments[:, j]).sum(-1), i, len(s.positions))
+        return scatter(-strength * (s.moments[:, i] * s.neighbours(j, shift)).sum(-1), i, len(s.positions))
 
 
 @dataclass
@@ -111,6 +123,7 @@ class Uniaxial:
     K2: float = 0.0
     K3: float = 0.0
     K4phi: float = 0.0
+    K6phi: float = 0.0
     numbers: tuple = ()
     soc = True
 
@@ -124,6 +137,7 @@ class Uniaxial:
         sin2 = x**2 + y**2
         value = self.K1 * sin2 + self.K2 * sin2**2 + self.K3 * sin2**3
         value = value + self.K4phi * (x**4 - 6 * x**2 * y**2 + y**4)
+        value = value + self.K6phi * (x**6 - 15 * x**4 * y**2 + 15 * x**2 * y**4 - y**6)
         chosen = torch.as_tensor(np.isin(s.numbers, self.numbers) if self.numbers else np.ones(len(s.numbers), bool))
         return value * (chosen & s.magnetic())
 
@@ -307,14 +321,15 @@ class Toy(Calculator):
         if gives is not None:
             self.implemented_properties = tuple(gives)
 
-    def evaluate(self, atoms, moments):
+    def evaluate(self, atoms, moments, waves=None, axis=None):
         """Return site energies (B, N) and the leaves they were computed from."""
         positions, cell = as_tensor(atoms.positions), as_tensor(atoms.cell[:])
         strain = torch.zeros(3, 3, dtype=F64, requires_grad=True)
         positions = positions.clone().requires_grad_()
         m = as_tensor(moments).clone().requires_grad_()
         deform = torch.eye(3, dtype=F64) + strain
-        system = System(positions @ deform.T, cell @ deform.T, m, atoms.numbers, atoms.cell[:], atoms.positions)
+        fixed = (atoms.numbers, atoms.cell[:], atoms.positions)
+        system = System(positions @ deform.T, cell @ deform.T, m, *fixed, waves, axis)
         sites = torch.zeros(m.shape[0], len(atoms), dtype=F64)
         for term in self.options.terms:
             if self.options.soc or not term.soc:
@@ -383,6 +398,16 @@ class CapableToy(Toy):
             "energies": sites.detach().numpy(),
             "magnetic_forces": -grad.numpy(),
         }
+
+    def evaluate_spirals(self, atoms, q, axis=(0.0, 0.0, 1.0), moments=None):
+        if self.soc:
+            raise ValueError("a spiral in the primitive cell needs spin-orbit coupling off")
+        waves = as_tensor(np.atleast_2d(q))
+        home = atoms.get_initial_magnetic_moments() if moments is None else moments
+        home = np.broadcast_to(home, (len(waves), len(atoms), 3))
+        sites, _, _, m = self.evaluate(atoms, home, waves, unit(as_tensor(axis)))
+        grad = torch.autograd.grad(sites.sum(), m, allow_unused=True, materialize_grads=True)[0]
+        return {"energy": sites.sum(1).detach().numpy(), "magnetic_forces": -grad.numpy()}
 
     def hessian(self, atoms, blocks=("rr", "rm", "mm")):
         n = len(atoms)

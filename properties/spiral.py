@@ -1,0 +1,445 @@
+"""Spin spirals: E(q) and |m|(q) along a path, the wave vector of the lowest one, magnon energies, chirality."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import spglib
+import xarray as xr
+from ase import Atoms
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
+from .protocol import (
+    MOMENT_TOLERANCE,
+    ZERO_MOMENT,
+    MomentMode,
+    SpinCalculator,
+    bare,
+    minimise,
+    moments_of,
+    with_moments,
+)
+from .symmetry import Pattern, pattern_symmetry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+CHUNK = 256
+LENGTH_STEP = 1e-3
+WAVE_STEP = 3e-3
+MAX_CELLS = 64
+
+
+@dataclass(frozen=True)
+class SpiralOptions(Options):
+    """Options of the spirals.
+
+    Parameters
+    ----------
+    path : special points such as ``GHPGN``; ``auto`` is the path of the Bravais lattice.
+    points : wave vectors along the path.
+    q : wave vectors instead of a path, three numbers each, in the reciprocal lattice of the structure given.
+    axis : what the moments turn about, Cartesian.
+    cone : angle between moments and axis in degrees; 90 is a flat spiral.
+    mesh : points per direction of the mesh on which the lowest spiral is looked for; 0 leaves it out.
+    """
+
+    path: str = option("auto", "special points such as GHPGN; auto is the path of the Bravais lattice")
+    points: int = option(61, "wave vectors along the path")
+    q: tuple[float, ...] = option((), "wave vectors instead of a path, three numbers each, reciprocal lattice units")
+    axis: tuple[float, ...] = option((0.0, 0.0, 1.0), "axis the moments turn about, Cartesian")
+    cone: float = option(90.0, "angle between moments and axis in degrees; 90 is flat")
+    mesh: int = option(8, "mesh on which the lowest spiral is looked for; 0 leaves it out")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if len(self.q) % 3:
+            raise OptionError(f"q holds {len(self.q)} numbers; give three for each wave vector")
+        if len(self.axis) != 3 or not np.linalg.norm(self.axis) > 0:
+            raise OptionError("axis must be three numbers, not all zero")
+        if not 0 < self.cone <= 90:
+            raise OptionError(f"cone cannot be {self.cone:g}; it lies above 0 and up to 90 degrees")
+        if not 2 <= self.points <= 20000:
+            raise OptionError(f"points cannot be {self.points}; it lies between 2 and 20000")
+        if self.mesh != 0 and not 2 <= self.mesh <= 64:
+            raise OptionError(f"mesh cannot be {self.mesh}; it is 0, or lies between 2 and 64")
+
+
+@dataclass(frozen=True)
+class Waves:
+    """Wave vectors to compute.
+
+    Parameters
+    ----------
+    q : fractional coordinates in the reciprocal lattice of the primitive cell, shape (Q, 3).
+    position : place along the path in 1/Å, shape (Q,).
+    labels : names of special points and their places.
+    """
+
+    q: Array
+    position: Array
+    labels: list[tuple[str, float]]
+
+
+def primitive_cell(atoms: Atoms, along: Array, symprec: float, mag_symprec: float) -> tuple[Atoms, Array]:
+    """Return the smallest cell that repeats the crystal with the signed lengths of its moments.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    along : moments along their common axis in µB, shape (N,).
+    symprec, mag_symprec : tolerances in Å and µB.
+
+    Returns
+    -------
+    The cell, in the orientation of the structure, and its moments along the axis, shape (n,).
+    """
+    kinds: list[tuple[int, float]] = []
+    types = []
+    for number, moment in zip(atoms.numbers, along, strict=True):
+        match = [k for k, (z, m) in enumerate(kinds) if z == number and abs(m - moment) <= mag_symprec]
+        if not match:
+            kinds.append((int(number), float(moment)))
+            match = [len(kinds) - 1]
+        types.append(match[0] + 1)
+    cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
+    found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    if found is None or len(found[2]) == len(atoms):
+        return bare(atoms), along
+    lattice, scaled, types = found
+    small = Atoms([kinds[t - 1][0] for t in types], scaled_positions=scaled, cell=lattice, pbc=True)
+    return small, np.array([kinds[t - 1][1] for t in types])
+
+
+class SpinSpiral(Property):
+    """E(q) of spirals in the primitive cell by the generalised Bloch theorem; with spin-orbit, in supercells."""
+
+    name = "spiral"
+    title = "spin spirals"
+    options_type: ClassVar[type[Options]] = SpiralOptions
+    soc = False
+
+    def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
+        """Refuse patterns that no spiral can be made of."""
+        super().check(atoms, calculator)
+        moments = moments_of(atoms)
+        if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
+            raise MomentError("no atom carries a moment, so there is no spiral; give moments in µB")
+        if not Pattern.of(moments).collinear:
+            raise MomentError("a spiral is made of collinear moments; give moments along one axis")
+        if calculator.soc is True and self.mode(calculator) != "fixed":
+            raise OptionError(
+                "with spin-orbit coupling moments differ from cell to cell; keep them fixed: --moments fixed"
+            )
+        if self.mode(calculator) == "full":
+            raise OptionError("moments relaxed in full would leave the spiral; relax magnitudes, or keep them fixed")
+        if not calculator.has("evaluate_spirals") and not self.options.q:
+            raise CalculatorError(
+                "the calculator has no evaluate_spirals; give commensurate wave vectors with --q, which fit supercells"
+            )
+
+    def _waves(self, given: Atoms, cell: Atoms, soc: bool) -> Waves:
+        transform = cell.cell[:] @ np.linalg.inv(given.cell[:])
+        if self.options.q:
+            q = np.array(self.options.q).reshape(-1, 3) @ transform.T
+            return Waves(q, np.arange(len(q), dtype=float), [])
+        if soc:
+            steps = np.arange(-4, 5) / 8
+            q = np.concatenate([np.outer(steps, unit) for unit in np.eye(3)])
+            return Waves(q, np.arange(len(q), dtype=float), [])
+        try:
+            path = cell.cell.bandpath(None if self.options.path == "auto" else self.options.path, self.options.points)
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+            reason, wanted = " ".join(str(error).split()), self.options.path
+            raise OptionError(f"no path '{wanted}' in this lattice ({reason}); give other points, or q") from error
+        position, places, names = path.get_linear_kpoint_axis()
+        scale = 2 * np.pi
+        labels = [(str(n), float(x) * scale) for n, x in zip(names, places, strict=True)]
+        return Waves(np.asarray(path.kpts, dtype=float), np.asarray(position, dtype=float) * scale, labels)
+
+    def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
+        """Compute E(q), moments, and the lowest spiral with one model."""
+        pattern = Pattern.of(moments_of(atoms))
+        soc = calculator.soc is True
+        cell, along = primitive_cell(atoms, pattern.along, self.options.symprec, self.options.mag_symprec)
+        cone, mode = float(np.deg2rad(self.options.cone)), self.mode(calculator)
+        spirals = Spirals(cell, along, calculator, self.options.axis, cone, mode)
+        waves = self._waves(atoms, cell, soc)
+        values = spirals(np.concatenate([np.zeros((1, 3)), waves.q]), lambda d, t: progress("wave vectors", d, t))
+        energy, lengths = values
+        magnetic = np.abs(along) > ZERO_MOMENT
+        n = len(cell)
+        relative = energy[1:] - energy[0]
+        reciprocal = 2 * np.pi * cell.cell.reciprocal()[:]
+        data: dict[str, Any] = {
+            "energy": variable("wave", relative * 1e3 / n, "meV/atom", "E(q) - E(0)"),
+            "length": variable(("wave", "site"), lengths[1:], "µB", "|m|"),
+            "energy_zero": variable((), energy[0] / n, "eV/atom", "E(0)"),
+        }
+        coords: dict[str, Any] = {
+            "q": variable(("wave", "xyz"), waves.q, "1", "wave vector in the reciprocal lattice of the primitive cell"),
+            "k": variable(("wave", "xyz"), waves.q @ reciprocal, "1/Å", "wave vector, Cartesian"),
+            "position": variable("wave", waves.position, "1/Å" if waves.labels else "1", "place along the path"),
+            "site": variable("site", np.arange(n), "1", "index of the atom in the primitive cell"),
+            "element": variable("site", np.array(cell.get_chemical_symbols()), "1", "chemical symbol"),
+            "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or reciprocal lattice vector"),
+        }
+        if magnetic.sum() == 1 and not soc:
+            moment = lengths[1:, magnetic][:, 0]
+            magnon = 4 * relative / np.where(moment > ZERO_MOMENT, moment, np.nan) / np.sin(spirals.cone) ** 2
+            data["magnon"] = variable("wave", magnon * 1e3, "meV", "magnon energy (4/m)(E(q) - E(0))/sin²θ")
+        if soc:
+            mirrored, _ = spirals(-waves.q, lambda d, t: progress("opposite chirality", d, t))
+            data["asymmetry"] = variable("wave", (energy[1:] - mirrored) * 1e3 / n, "meV/atom", "E(q) - E(-q)")
+        attrs: dict[str, Any] = {
+            "route": "supercells, spin-orbit coupling on" if soc else "generalised Bloch theorem",
+            "primitive_cell": cell.cell[:].tolist(),
+            "primitive_atoms": n,
+            "path_labels": [list(x) for x in waves.labels],
+        }
+        if self.options.mesh and not soc and calculator.has("evaluate_spirals"):
+            symmetry = pattern_symmetry(cell, along, self.options.symprec, self.options.mag_symprec)
+            lowest, bottom = self._lowest(spirals, waves.q, energy[1:], progress)
+            lowest = _canonical(lowest, cell, symmetry.rotations, periodic=int(magnetic.sum()) == 1)
+            data["minimum_q"] = variable(
+                "xyz", lowest, "1", "wave vector of the lowest spiral, reciprocal lattice of the primitive cell"
+            )
+            data["minimum_energy"] = variable(
+                (), min(bottom - energy[0], 0.0) * 1e3 / n, "meV/atom", "E - E(0) of the lowest spiral"
+            )
+        return xr.Dataset(data, coords, attrs)
+
+    def _lowest(self, spirals: "Spirals", q: Array, energy: Array, progress: Progress) -> tuple[Array, float]:
+        """Return wave vector and energy (eV) of the lowest spiral, refined from the best of path and mesh."""
+        mesh = _half_mesh(self.options.mesh)
+        found, _ = spirals(mesh, lambda d, t: progress("mesh", d, t))
+        everything, energies = np.concatenate([mesh, q]), np.concatenate([found, energy])
+        spread = float(np.ptp(energies))
+        start = everything[int(np.argmin(np.round(energies, 12)))]
+        if spread <= 1e-12 * max(1.0, float(np.abs(energies).max())):
+            return np.zeros(3), float(energies.min())
+        progress("refine", 0, 1)
+        units = WAVE_STEP * np.eye(3)
+        weights = np.array([1 / 12, -8 / 12, 8 / 12, -1 / 12]) / WAVE_STEP
+        shifts = np.array([k * u for u in units for k in (-2, -1, 1, 2)])
+
+        def gradient(x: Array) -> Array:
+            slopes: Array = spirals(x + shifts)[0].reshape(3, 4) @ weights
+            return slopes / spread
+
+        def hessian(x: Array) -> Array:
+            corners = np.array([[u + v, u - v, v - u, -u - v] for u in units for v in units]).reshape(-1, 3)
+            values = spirals(x + corners)[0].reshape(3, 3, 4)
+            return values @ np.array([1, -1, -1, 1]) / (4 * WAVE_STEP**2 * spread)
+
+        best = start
+        for _ in range(3):
+            best = minimise(
+                lambda x: float(spirals(x[None])[0][0]) / spread,
+                gradient,
+                hessian,
+                best,
+                tolerance=1e-8,
+                max_step=0.05,
+                what="the wave vector of the lowest spiral",
+                unit="band widths per reciprocal lattice vector",
+            )
+            curvature, modes = np.linalg.eigh(hessian(best))
+            if curvature[0] > -1e-2:
+                break
+            best = best + 0.02 * modes[:, 0]
+        progress("refine", 1, 1)
+        return best, float(spirals(best[None])[0][0])
+
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
+        """Name the lowest spiral."""
+        if "minimum_q" in dataset:
+            agreed = "minimum_q_std" not in dataset or float(dataset["minimum_q_std"].max()) < 1e-3
+            name = name_of(dataset["minimum_q"].values) if agreed else "the members of the committee disagree"
+            dataset.attrs["minimum"] = name
+        return dataset
+
+    def summary(self, dataset: xr.Dataset) -> list[Row]:
+        """Return the lowest spiral and the extent of E(q) as a short table."""
+        rows = [Row("route", dataset.attrs["route"]), Row("wave vectors", str(dataset.sizes["wave"]))]
+        if "minimum_q" in dataset:
+            q = "  ".join(f"{x:.4f}" for x in dataset["minimum_q"].values)
+            rows.append(Row("lowest spiral", f"q = ({q}), {dataset.attrs['minimum']}"))
+            spread = spread_of(dataset, "minimum_energy")
+            rows.append(Row("E(lowest) - E(0)", float(dataset["minimum_energy"]), "meV/atom", spread))
+        for word, k in (
+            ("lowest", int(dataset["energy"].values.argmin())),
+            ("highest", int(dataset["energy"].values.argmax())),
+        ):
+            q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[k])
+            rows.append(
+                Row(
+                    f"{word} of these, q = ({q})",
+                    float(dataset["energy"][k]),
+                    "meV/atom",
+                    None if "energy_std" not in dataset else float(dataset["energy_std"][k]),
+                )
+            )
+        if "magnon" in dataset:
+            k = int(np.nanargmax(dataset["magnon"].values))
+            rows.append(
+                Row(
+                    "highest magnon energy",
+                    float(dataset["magnon"][k]),
+                    "meV",
+                    None if "magnon_std" not in dataset else float(dataset["magnon_std"][k]),
+                )
+            )
+        if "asymmetry" in dataset:
+            k = int(np.abs(dataset["asymmetry"].values).argmax())
+            q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[k])
+            rows.append(Row(f"largest E(q) - E(-q), q = ({q})", float(dataset["asymmetry"][k]), "meV/atom"))
+        lengths = dataset["length"].values
+        for site in np.flatnonzero(lengths.max(axis=0) > ZERO_MOMENT):
+            low, high = lengths[:, site].min(), lengths[:, site].max()
+            rows.append(Row(f"|m| of {dataset['element'].values[site]} {site}", f"{low:.3f} to {high:.3f}", "µB"))
+        return rows
+
+    def plot(self, dataset: xr.Dataset) -> "Figure":
+        """Draw E(q) and |m|(q)."""
+        from .plot import plot_spiral
+
+        return plot_spiral(dataset)
+
+
+class Spirals:
+    """Energies of spirals of one pattern.
+
+    The moment of site i in the cell at S turns by 2π q·(S + τ_i), τ_i its fractional position, so that the
+    spiral does not depend on the choice of the cell.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    along : signed lengths in µB, shape (n,).
+    calculator : a single model.
+    axis : what the moments turn about.
+    cone : angle to the axis in radian.
+    mode : ``"fixed"`` or ``"magnitudes"``.
+    """
+
+    def __init__(
+        self,
+        cell: Atoms,
+        along: Array,
+        calculator: SpinCalculator,
+        axis: Sequence[float],
+        cone: float,
+        mode: MomentMode,
+    ) -> None:
+        self.cell, self.along, self.calculator, self.cone, self.mode = cell, along, calculator, cone, mode
+        self.axis = np.asarray(axis, dtype=float) / np.linalg.norm(axis)
+        self.across = np.linalg.svd(self.axis[None])[2][1]
+        self.scaled = cell.get_scaled_positions(wrap=False)
+        self.carrying = np.flatnonzero(np.abs(along) > ZERO_MOMENT)
+
+    def directions(self, q: Array) -> Array:
+        """Return unit vectors of the cell S = 0, shape (Q, n, 3)."""
+        phases = 2 * np.pi * q @ self.scaled.T
+        turned = Rotation.from_rotvec(phases.reshape(-1, 1) * self.axis).apply(self.across).reshape(*phases.shape, 3)
+        unit = np.sin(self.cone) * turned + np.cos(self.cone) * self.axis
+        return np.asarray(unit)
+
+    def __call__(self, q: Array, tell: Any = lambda done, total: None) -> tuple[Array, Array]:
+        """Return energies (Q,) in eV per primitive cell and |m| (Q, n) in µB at wave vectors (Q, 3)."""
+        energies, lengths = [], []
+        for begin in range(0, len(q), CHUNK):
+            part = q[begin : begin + CHUNK]
+            unit = self.directions(part)
+            signed = np.tile(self.along, (len(part), 1))
+            if self.mode == "magnitudes":
+                signed = self._relaxed(part, unit, signed)
+            energies.append(self._evaluate(part, unit * signed[..., None], False)["energy"])
+            lengths.append(np.abs(signed))
+            tell(min(begin + CHUNK, len(q)), len(q))
+        return np.concatenate(energies), np.concatenate(lengths)
+
+    def _evaluate(self, q: Array, moments: Array, forces: bool) -> dict[str, Array]:
+        start = with_moments(self.cell, moments[0])
+        return self.calculator.evaluate_spirals(start, q, self.axis, moments, MAX_CELLS, forces)
+
+    def _relaxed(self, q: Array, unit: Array, signed: Array) -> Array:
+        """Relax the lengths of all spirals together by Newton steps."""
+        sites, count = self.carrying, len(self.carrying)
+
+        def slopes(rows: NDArray[np.intp], values: Array) -> tuple[Array, Array]:
+            """Return energies and dE/d(length) of the carrying sites for some of the spirals."""
+            found = self._evaluate(q[rows], unit[rows] * values[..., None], True)
+            slope = -np.einsum("qic,qic->qi", found["magnetic_forces"], unit[rows])[:, sites]
+            return found["energy"], slope
+
+        rows = np.arange(len(q))
+        energy, slope = slopes(rows, signed)
+        for _ in range(60):
+            open_ = np.flatnonzero(np.abs(slope).max(axis=1) > MOMENT_TOLERANCE)
+            if not len(open_):
+                return signed
+            hessian = np.zeros((len(open_), count, count))
+            for k, site in enumerate(sites):
+                for sign in (1, -1):
+                    shifted = signed[open_].copy()
+                    shifted[:, site] += sign * LENGTH_STEP
+                    hessian[:, k] += sign * slopes(open_, shifted)[1] / (2 * LENGTH_STEP)
+            values, modes = np.linalg.eigh((hessian + hessian.transpose(0, 2, 1)) / 2)
+            size = np.maximum(np.abs(values), 1e-6)
+            step = -np.einsum("qab,qb->qa", modes, np.einsum("qba,qb->qa", modes, slope[open_]) / size)
+            step *= np.minimum(1.0, 0.3 / np.maximum(np.linalg.norm(step, axis=1), 1e-300))[:, None]
+            for _ in range(20):
+                trial = signed[open_].copy()
+                trial[:, sites] += step
+                new_energy, new_slope = slopes(open_, trial)
+                worse = new_energy > energy[open_] + 1e-12 * np.maximum(1.0, np.abs(energy[open_]))
+                if not worse.any():
+                    break
+                step[worse] /= 2
+            signed[open_], energy[open_], slope[open_] = trial, new_energy, new_slope
+        residual = np.abs(slope).max()
+        raise ConvergenceError(
+            "the magnitudes of the moments did not converge in 60 steps: the largest residual is "
+            f"{residual:.1e} eV/µB; start from other moments, or keep them fixed"
+        )
+
+
+def _half_mesh(size: int) -> Array:
+    """Return the points of a mesh over -½ … ½, one of each pair q, -q: E(q) = E(-q) without spin-orbit coupling."""
+    steps = np.arange(-(size // 2), size // 2 + 1)
+    index = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    rank = index @ np.array([4 * size * size, 2 * size, 1])
+    return index[rank >= 0] / (2 * (size // 2))
+
+
+def _canonical(q: Array, cell: Atoms, rotations: Array, periodic: bool) -> Array:
+    """Return the symmetry-equivalent of a wave vector with the largest leading coordinates.
+
+    Spirals that differ by a reciprocal lattice vector are one where one atom of the cell carries a moment (`periodic`).
+    """
+    images = np.concatenate([rotations, -rotations]) @ (q @ cell.cell.reciprocal()[:]) @ cell.cell[:].T
+    if periodic:
+        images = images - np.ceil(images - 0.5 - 1e-6)
+    images[np.abs(images) < 1e-9] = 0.0
+    best: Array = images[np.lexsort(np.round(images, 5).T[::-1])[-1]]
+    return best
+
+
+def name_of(q: Array) -> str:
+    """Name a spiral by its wave vector in reciprocal lattice units of the primitive cell, shape (3,)."""
+    if np.abs(q - np.rint(q)).max() < 1e-3:
+        return "the order given, q = 0"
+    for period in range(2, 9):
+        if np.abs(q * period - np.rint(q * period)).max() < 1e-3 * period:
+            written = ", ".join(f"{int(x)}/{period}" if x else "0" for x in np.rint(q * period))
+            kind = "antiferromagnetic" if period == 2 else f"commensurate, period {period},"
+            return f"{kind} at ({written})"
+    return "incommensurate"
