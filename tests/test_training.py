@@ -252,6 +252,21 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
     assert float(restraint_loss(quiet, probe).detach()) > 1.0
 
 
+def test_restraint_of_spin_orbit_energies_starts_at_its_bound(teacher, labels):
+    from mmace.training.restraint import spin_orbit_loss
+
+    batch = batch_of(labels["train"], teacher)
+    sizes = []
+    for bound in (1e-9, 1e-6, 1.0):
+        loss = spin_orbit_loss(teacher, batch, bound, torch.Generator().manual_seed(0))
+        sizes.append(float(loss))
+    assert sizes[0] > sizes[1] > 0.0
+    assert sizes[2] == 0.0
+    without = MagneticMACE(replace(teacher.config, spin_orbit=False))
+    loss = spin_orbit_loss(without, batch, 1e-9, torch.Generator().manual_seed(0))
+    assert float(loss.detach()) < 1e-4
+
+
 # Constants
 
 
@@ -270,6 +285,12 @@ def test_constants_come_from_the_training_labels(labels):
 
     energies = direction_energies(model, groups).detach()
     assert (energies - energies.mean(0)).square().mean(0).sum().item() == pytest.approx(labelled.item(), rel=0.3)
+
+
+def test_without_spin_orbit_labels_the_model_has_no_spin_orbit_part(labels):
+    single = [x for x in labels["train"] if not x.soc]
+    assert initial_model(labels["train"], recipe(), seed=0).config.spin_orbit
+    assert not initial_model(single, recipe(), seed=0).config.spin_orbit
 
 
 def test_reference_energies_are_the_least_squares_solution():

@@ -24,7 +24,7 @@ from .checkpoint import read_checkpoint, write_checkpoint
 from .evaluate import errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
 from .recipe import Recipe
-from .restraint import make_probe, restraint_loss
+from .restraint import make_probe, restraint_loss, spin_orbit_loss
 from .setup import initial_model
 
 CHECKPOINT_SECONDS = 60.0
@@ -159,17 +159,21 @@ class _Run:
         self.model.to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.best = {name: value.clone() for name, value in self.average.items()}
-        others = [p for name, p in self.model.named_parameters() if not name.startswith("one_body.")]
+        named = dict(self.model.named_parameters())
+        spin_orbit = [p for name, p in named.items() if ".spin_orbit." in name]
+        others = [p for name, p in named.items() if ".spin_orbit." not in name and not name.startswith("one_body.")]
         self.optimiser = torch.optim.AdamW(
             [
                 {"params": list(self.model.one_body.parameters()), "weight_decay": 0.0},
                 {"params": others, "weight_decay": recipe.weight_decay},
+                {"params": spin_orbit, "weight_decay": recipe.spin_orbit_decay},
             ],
             lr=recipe.learning_rate,
         )
         if saved is not None:
             self._restore(*saved)
         self.labels, self.groups = self._batches(train_labels)
+        self.spin_orbit_bound = max((_largest_anisotropy(group) for group in self.groups), default=0.0)
         valid_single, valid_groups = self._batches(valid_labels)
         self.valid: list[LabelBatch | DirectionBatch] = [*valid_single, *valid_groups]
         if bootstrap:
@@ -248,6 +252,8 @@ class _Run:
         if labels is not None and recipe.restrain_every and self.step % recipe.restrain_every == 0:
             generator = torch.Generator().manual_seed(int(self._rng(RESTRAINT_STREAM, self.step).integers(2**62)))
             restraint_loss(self.model, make_probe(self.model, labels, generator)).backward()
+            if self.spin_orbit_bound > 0:
+                spin_orbit_loss(self.model, labels, self.spin_orbit_bound, generator).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         memory = min(recipe.ema, (1.0 + self.step) / (10.0 + self.step))
@@ -363,6 +369,11 @@ def _mean_loss(
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _largest_anisotropy(group: DirectionBatch) -> float:
+    """Largest labelled energy about the mean of one group, eV/atom."""
+    return float(group.energy.value.abs().max()) / len(group.graph.species)
 
 
 def _redrawn(items: list[T], rng: np.random.Generator) -> list[T]:

@@ -78,7 +78,9 @@ class Recipe:
     warmup_steps : int
         Steps over which the learning rate rises from zero.
     weight_decay : float
-        Decoupled decay of all weights but the one-body energy.
+        Decoupled decay of the weights; the one-body energy has none.
+    spin_orbit_decay : float
+        The same for the spin-orbit features, of which labels determine fewer.
     clip : float
         Largest norm of the gradient.
     ema : float
@@ -101,7 +103,8 @@ class Recipe:
     learning_rate: float = 0.01
     final_learning_rate: float = 1e-4
     warmup_steps: int = 100
-    weight_decay: float = 1e-5
+    weight_decay: float = 3e-3
+    spin_orbit_decay: float = 0.1
     clip: float = 100.0
     ema: float = 0.995
     validate_every: int = 5

@@ -1,8 +1,10 @@
-"""What is known without labels: the energy rises with moments beyond the labels' range, and with expansion.
+"""What is known without labels: long moments and expansion cost energy, and spin-orbit energies are small.
 
-Polynomials and networks say anything beyond their data. Two inequalities keep that part of the surface restoring:
-dE/d|m| of a moment longer than any label's is positive, and dE/dV of a crystal that is under tension already stays
-positive when it is expanded further. Both are one-sided, so a surface that obeys them is not touched.
+Polynomials and networks say anything beyond their data. Three inequalities keep that part of the surface sane:
+dE/d|m| of a moment longer than any label's is positive; dE/dV of a crystal that is under tension already stays
+positive when it is expanded further; and spin-orbit coupling changes the energy of a structure without anisotropy
+labels by no more than it does in the labels that have it. All are one-sided, so a surface that obeys them is not
+touched.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ TENSION_TOLERANCE = 0.02  # eV/atom, dE/dlnV
 LONGEST_MOMENT = 1.3  # of M_z
 LARGEST_EXPANSION = 0.5  # of lengths
 OUTLIER = 5.0
+ROTATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,31 @@ def restraint_loss(model: MagneticMACE, probe: Probe) -> torch.Tensor:
     tension = result.stress[:, :3].mean(1) * graph.volume / graph.counts
     falling = torch.relu(-tension) / TENSION_TOLERANCE
     return ((probe.stretched * _penalty(too_flat)).sum() + (probe.expanded * _penalty(falling)).sum()) / graph.n_graphs
+
+
+def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, generator: torch.Generator) -> torch.Tensor:
+    """Penalty for spin-orbit energies beyond `bound`, per structure, with all moments turned together at random.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        The potential.
+    batch : LabelBatch
+        Structures.
+    bound : float
+        Largest energy of spin-orbit coupling that is not penalised, eV/atom.
+    generator : torch.Generator
+        Source of randomness, on the CPU.
+    """
+    graph = batch.graph
+    normal = torch.randn(ROTATIONS, 3, 3, generator=generator, dtype=torch.float64)
+    rotations = torch.linalg.qr(normal).Q.to(graph.positions)
+    geometry = model.geometry(replace(graph, soc=torch.ones_like(graph.soc)))
+    without = replace(geometry, soc=torch.zeros_like(graph.soc))
+    change = model.spin_energies(geometry, torch.einsum("rab,nb->rna", rotations, graph.moments))
+    change = change - model.spin_energies(without, graph.moments[None])
+    per_graph = change.new_zeros(ROTATIONS, graph.n_graphs).index_add(1, graph.batch, change) / graph.counts
+    return _penalty(torch.relu(per_graph.abs() / bound - 1.0)).mean()
 
 
 def _penalty(x: torch.Tensor) -> torch.Tensor:

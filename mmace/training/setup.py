@@ -28,7 +28,7 @@ def initial_model(labels: Sequence[LabelledStructure], recipe: Recipe, seed: int
     Parameters
     ----------
     labels : sequence of LabelledStructure
-        Training labels alone.
+        Training labels alone; without any that have spin-orbit coupling, neither has the model.
     recipe : Recipe
         Settings of the model.
     seed : int
@@ -41,11 +41,14 @@ def initial_model(labels: Sequence[LabelledStructure], recipe: Recipe, seed: int
     """
     elements = sorted({s for label in labels for s in label.symbols}, key=atomic_numbers.__getitem__)
     largest = _largest_moments(labels, elements)
+    settings = dict(recipe.model)
+    if not any(label.soc for label in labels):
+        settings["spin_orbit"] = False
     config = ModelConfig(
         elements=tuple(elements),
         moment_scale={z: 1.2 * largest[z] + 0.1 if largest[z] > 0 else 1.0 for z in elements},
         carriers=tuple(z for z in elements if largest[z] > 0),
-        **recipe.model,
+        **settings,
     )
     energies, one_body, residual = reference_energies(labels, config)
     config = replace(
