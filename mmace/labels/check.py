@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.units import GPa
 
 from ..errors import LabelError
+from .abinit import kpoint_mesh
 from .gate import judge
 from .plan import Job, Plan, make_job
 from .run import read_result
@@ -61,7 +62,7 @@ def difference_plan(plan: Plan, name: str) -> Plan:
     """Plan of the displaced, strained and turned copies that central differences around one job need.
 
     Along: z of the last atom's position, zz strain, the length of the first carrier's moment, and (where the moments
-    are non-collinear) its angle in the plane it spans with the next carrier's moment.
+    are non-collinear) its angle towards another moment. All copies keep the job's mesh.
 
     Parameters
     ----------
@@ -72,8 +73,11 @@ def difference_plan(plan: Plan, name: str) -> Plan:
     job = next((job for job in plan.jobs if job.name == name), None)
     if job is None:
         raise LabelError(f"the plan {plan.name!r} has no job {name!r}")
-    jobs = [replace(job, name="base")]
-    mesh = {"kmesh": list(plan.settings(job)["kmesh"])} if "kmesh" in plan.settings(job) else {}
+    if plan.recipe.engine != "abinit":
+        raise LabelError(f"the plan {plan.name!r} has no forces to check; differences are for ABINIT plans")
+    settings = plan.settings(job)
+    mesh = {"kmesh": list(settings.get("kmesh") or kpoint_mesh(np.array(job.cell), settings["k_spacing"]))}
+    jobs = [replace(job, name="base", settings={**job.settings, **mesh})]
     for sign, tag in ((-1, "minus"), (1, "plus")):
         moved, strained = job.atoms(), job.atoms()
         moved.positions[-1, 2] += sign * STEPS["force"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +37,6 @@ class Report:
     accepted: int = 0
     unfinished: int = 0
     rejected: dict[str, list[str]] = field(default_factory=dict)
-
-    def counts(self) -> Counter[str]:
-        """Number of rejected jobs by reason."""
-        return Counter({reason: len(names) for reason, names in self.rejected.items()})
 
 
 def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | None:

@@ -21,7 +21,8 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
     ----------
     job : dict
         `symbols`, `cell` (3, 3) Å, `scaled_positions` (N, 3), `moments` (N,) start moments along one axis, µB;
-        `kmesh` (3,), `cutoff` (eV), `width` (Fermi-Dirac, eV), `xc`, `directions` (D, 3).
+        `kmesh` (3,), `gamma` (whether the mesh holds Γ), `cutoff` (eV), `width` (Fermi-Dirac, eV), `xc`,
+        `directions` (D, 3).
 
     Returns
     -------
@@ -43,7 +44,7 @@ def compute(job: dict[str, Any]) -> dict[str, Any]:
     calc = GPAW(
         mode=PW(job["cutoff"]),
         xc=job["xc"],
-        kpts={"size": job["kmesh"], "gamma": True},
+        kpts={"size": job["kmesh"], "gamma": job["gamma"]},
         occupations=FermiDirac(job["width"]),
         txt="scf.txt",
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from spglib import get_symmetry_dataset
 
 from ..errors import LabelError
 from .abinit import kpoint_mesh
@@ -51,9 +52,9 @@ def read_sampling(path: str | Path) -> Plan:
 def expand(data: Mapping[str, Any]) -> Plan:
     """Plan of a sampling: parents split, jobs shuffled within families and interleaved.
 
-    `k_spacing` (1/Å) fixes each job's mesh; without it the engine takes its mesh from the recipe. Parents of families
-    marked `train_only` (undistorted reference crystals) are always trained on; of the others
-    15 % go to the test split and 10 % to the validation split.
+    `k_spacing` (1/Å, of the sampling or of a family) fixes each job's mesh; without it the engine takes its mesh from
+    the recipe. Parents of families marked `train_only` (undistorted reference crystals) are always trained on; of the
+    others 15 % go to the test split and 10 % to the validation split.
 
     Raises
     ------
@@ -72,19 +73,17 @@ def expand(data: Mapping[str, Any]) -> Plan:
         try:
             jobs = _family_jobs(family, recipe.carriers, rng, owed)
             delay = float(family.get("delay", 1.0))
+            spacing = family.get("k_spacing", data.get("k_spacing"))
+            if spacing is not None:
+                mesh = anisotropy_mesh if recipe.engine == "gpaw-soc" else fixed_mesh
+                jobs = [replace(job, settings=mesh(np.array(job.cell), spacing)) for job in jobs]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             tag = family.get("tag", number) if isinstance(family, Mapping) else number
             raise LabelError(f"family {tag!r} of the sampling {name!r} cannot be understood: {error}") from None
         order = rng.permutation(len(jobs))
         keyed += [(delay * (k + rng.random()) / len(jobs), number, jobs[i]) for k, i in enumerate(order)]
     keyed.sort(key=lambda entry: entry[:2])
-    ordered = [job for _, _, job in keyed]
-    if "k_spacing" in data:
-        ordered = [
-            replace(job, settings={"kmesh": list(kpoint_mesh(np.array(job.cell), data["k_spacing"]))})
-            for job in ordered
-        ]
-    return Plan(name, recipe, tuple(ordered))
+    return Plan(name, recipe, tuple(job for _, _, job in keyed))
 
 
 def _family_jobs(
@@ -106,6 +105,37 @@ def _family_jobs(
         for count, state in enumerate(options["moments"]):
             jobs.append(make_job(f"{tag}-m{count}", tag, split, atoms, site_moments(atoms, carriers, state)))
     return jobs
+
+
+def fixed_mesh(cell: np.ndarray, spacing: float) -> dict[str, Any]:
+    """Settings that pin a job's Γ-centred mesh."""
+    return {"kmesh": list(kpoint_mesh(cell, spacing))}
+
+
+def anisotropy_mesh(cell: np.ndarray, spacing: float) -> dict[str, Any]:
+    """Mesh of an anisotropy job: even and half a step off Γ where that keeps the lattice's symmetry, else through Γ.
+
+    Degenerate levels at points of high symmetry make meshes through Γ converge more slowly (docs/labels.md).
+
+    Parameters
+    ----------
+    cell : array, shape=(3, 3)
+        Å.
+    spacing : float
+        1/Å.
+
+    Returns
+    -------
+    dict
+        `kmesh` (3 int), `gamma` (bool).
+    """
+    mesh = np.array(kpoint_mesh(cell, spacing))
+    even = mesh + mesh % 2
+    rotations = get_symmetry_dataset((cell, [(0.0, 0.0, 0.0)], [1]), 1e-5).rotations
+    offsets = np.array([(rotation.T @ (0.5 / even) - 0.5 / even) * even for rotation in rotations])
+    if np.allclose(offsets, np.round(offsets), atol=1e-6):
+        return {"kmesh": even.tolist(), "gamma": False}
+    return {"kmesh": mesh.tolist(), "gamma": True}
 
 
 def site_moments(atoms: Atoms, carriers: Sequence[str], state: float | Sequence[Any]) -> np.ndarray:
