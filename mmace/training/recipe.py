@@ -108,7 +108,7 @@ class Recipe:
     clip: float = 100.0
     ema: float = 0.995
     validate_every: int = 5
-    restrain_every: int = 3
+    restrain_every: int = 2
     patience: int = 400
     dtype: str = "float64"
 

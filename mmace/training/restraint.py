@@ -66,7 +66,7 @@ def make_probe(model: MagneticMACE, batch: LabelBatch, generator: torch.Generato
     by_moments = random(n_graphs) < 0.5
     tension = (batch.stress.value * batch.stress.weight)[:, :3].sum(1) > 0
     expanded = ~by_moments & tension
-    factor = 1.0 + LARGEST_EXPANSION * random(n_graphs) * expanded
+    factor = 1.0 + LARGEST_EXPANSION * random(n_graphs).square() * expanded
 
     scale = basis.moment_scale[graph.species]
     longest_label = (scale - 0.1) / 1.2
