@@ -189,3 +189,29 @@ def plot_spiral(dataset: xr.Dataset) -> Figure:
     else:
         lower.set_xlabel("wave vector number")
     return figure
+
+
+def plot_exchange(dataset: xr.Dataset) -> Figure:
+    """Draw J and |D| of every pair against distance, and the largest eigenvalue of J(q)."""
+    figure = new_figure(10.0, 4.0)
+    left: Any = figure.add_subplot(1, 2, 1)
+    right: Any = figure.add_subplot(1, 2, 2)
+    distance = dataset["distance"].values
+    left.axhline(0, color="0.8", lw=0.8)
+    left.plot(distance, dataset["J"].values, "o", ms=4, color=COLOURS[0], label="J")
+    if "J_std" in dataset:
+        left.errorbar(distance, dataset["J"].values, dataset["J_std"].values, fmt="none", ecolor=COLOURS[0], lw=0.8)
+    strength = np.linalg.norm(dataset["D"].values, axis=1)
+    if strength.max(initial=0.0) > 1e-6:
+        left.plot(distance, strength, "s", ms=3, color=COLOURS[1], label="|D|")
+    left.set_xlabel("distance (Å)")
+    left.set_ylabel("meV")
+    left.legend(frameon=False)
+    left.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    right.plot(dataset["position"].values, dataset["J_q"].values, color=COLOURS[0])
+    right.set_ylabel("J(q)  (meV)")
+    for name, x in json.loads(dataset.attrs["path_labels"]):
+        right.axvline(x, color="0.8", lw=0.8, zorder=0)
+        right.text(x, -0.04, "Γ" if name == "G" else name, transform=right.get_xaxis_transform(), ha="center", va="top")
+    right.tick_params(labelbottom=False, bottom=False)
+    return figure

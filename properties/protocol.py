@@ -261,13 +261,14 @@ class SpinCalculator:
                 gradient[index] += weight * function(shifted) / step
         return gradient
 
-    def evaluate_spins(self, atoms: Atoms, moments: ArrayLike) -> dict[str, Array]:
+    def evaluate_spins(self, atoms: Atoms, moments: ArrayLike, magnetic_forces: bool = True) -> dict[str, Array]:
         """Evaluate many spin configurations on one geometry.
 
         Parameters
         ----------
         atoms : the structure.
         moments : shape (B, N, 3), in µB.
+        magnetic_forces : whether they are wanted.
 
         Returns
         -------
@@ -278,13 +279,15 @@ class SpinCalculator:
         if m.ndim != 3 or m.shape[1:] != (len(atoms), 3):
             raise errors.MomentError(f"moments have the shape {m.shape}, but must be (B, {len(atoms)}, 3)")
         if self.has("evaluate_spins"):
+            ask = self.calculator.evaluate_spins
+            known = inspect.signature(ask).parameters
+            extra = {"magnetic_forces": magnetic_forces} if "magnetic_forces" in known else {}
             with _asking("evaluate_spins"):
-                found = self.calculator.evaluate_spins(with_moments(atoms, m[0]), m)
+                found = ask(with_moments(atoms, m[0]), m, **extra)
             return {k: np.asarray(v, dtype=float) for k, v in found.items()}
-        result = {
-            "energy": np.array([self.energy(atoms, x) for x in m]),
-            "magnetic_forces": np.array([self.magnetic_forces(atoms, x) for x in m]),
-        }
+        result = {"energy": np.array([self.energy(atoms, x) for x in m])}
+        if magnetic_forces:
+            result["magnetic_forces"] = np.array([self.magnetic_forces(atoms, x) for x in m])
         if "energies" in getattr(self.calculator, "implemented_properties", ()):
             result["energies"] = np.array([self._property("energies", atoms, x) for x in m], dtype=float)
         return result

@@ -102,6 +102,20 @@ class PseudoDipolar:
 
 
 @dataclass
+class Biquadratic:
+    """``-Σ_{i≠j} B (e_i·e_j)²`` inside the cut-off, e unit vectors."""
+
+    B: float
+    cutoff: float
+    soc = False
+
+    def sites(self, s):
+        i, j, _, shift = s.pairs(self.cutoff)
+        cosine = (unit(s.moments[:, i]) * unit(s.neighbours(j, shift))).sum(-1)
+        return scatter(-self.B * cosine**2, i, len(s.positions))
+
+
+@dataclass
 class DMI:
     """``-Σ_{i≠j} D r̂_ij·(m_i×m_j)``, the interaction of a chiral cubic magnet."""
 
@@ -390,8 +404,10 @@ class CapableToy(Toy):
     def provenance(self):
         return {"name": self.options.name, "hash": hashlib.sha256(repr(self.options.terms).encode()).hexdigest()[:16]}
 
-    def evaluate_spins(self, atoms, moments):
+    def evaluate_spins(self, atoms, moments, magnetic_forces=True):
         sites, _, _, m = self.evaluate(atoms, moments)
+        if not magnetic_forces:
+            return {"energy": sites.sum(1).detach().numpy()}
         grad = torch.autograd.grad(sites.sum(), m, allow_unused=True, materialize_grads=True)[0]
         return {
             "energy": sites.sum(1).detach().numpy(),

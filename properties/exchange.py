@@ -1,0 +1,768 @@
+"""Exchange tensors of every pair from the transverse Hessian of a supercell, and what follows from them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import spglib
+import xarray as xr
+from ase import Atoms
+from numpy.typing import NDArray
+
+from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .conventions import BOLTZMANN
+from .errors import ConvergenceError, MomentError, OptionError
+from .protocol import STENCIL, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .spiral import primitive_cell
+from .symmetry import Pattern, pattern_symmetry, shortest_rotation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+STEP = 0.01
+"""Displacement of a moment in the central differences, µB."""
+GROWTH = 1.3
+CHUNK = 16
+SMALLEST_MOMENT = 0.01
+"""A site with less, in µB, takes no part in the spin model."""
+CONES = (5.0, 20.0, 60.0, 180.0)
+SAME_DISTANCE = 1e-3
+LEVI_CIVITA = np.array(
+    [[[0, 0, 0], [0, 0, 1], [0, -1, 0]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]], [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]],
+    dtype=float,
+)
+
+
+@dataclass(frozen=True)
+class ExchangeOptions(Options):
+    """Options of the exchange.
+
+    Parameters
+    ----------
+    tolerance : largest |J| that may be left beyond the unique images of the supercell, relative to the largest.
+    max_atoms : largest supercell.
+    radius : least distance within which pairs are wanted, Å.
+    states : random states per cone angle that the spin model is compared on.
+    seed : of the random states.
+    path : special points of J(q); ``auto`` is the path of the Bravais lattice.
+    points : wave vectors along the path.
+    mesh : points per direction of the mesh of the RPA average.
+    """
+
+    tolerance: float = option(1e-3, "largest |J| left beyond the supercell's unique images, relative to the largest")
+    max_atoms: int = option(1000, "largest supercell, in atoms")
+    radius: float = option(5.0, "least distance within which pairs are wanted, Å")
+    states: int = option(100, "random states per cone angle that the spin model is compared on; 0 leaves them out")
+    seed: int = option(0, "seed of the random states")
+    path: str = option("auto", "special points of J(q); auto is the path of the Bravais lattice")
+    points: int = option(101, "wave vectors along the path")
+    mesh: int = option(24, "points per direction of the mesh of the RPA average")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        for name, low, high in (
+            ("tolerance", 1e-10, 1.0),
+            ("radius", 1.0, 50.0),
+            ("max_atoms", 2, 100000),
+            ("states", 0, 100000),
+            ("points", 2, 20000),
+            ("mesh", 4, 200),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of magnetic sites, each counted from both ends.
+
+    Parameters
+    ----------
+    first, second : indices into the magnetic sites, shape (P,).
+    shift : lattice vector of the second, in units of the cell, shape (P, 3).
+    vector : from the first to the second, Å, shape (P, 3).
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    shift: NDArray[np.int64]
+    vector: Array
+
+    def keys(self) -> list[tuple[int, int, int, int, int]]:
+        """Return each pair as integers that name it."""
+        rows = np.column_stack([self.first, self.second, self.shift]).tolist()
+        return [(int(a), int(b), int(x), int(y), int(z)) for a, b, x, y, z in rows]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Hessian columns of the home cell at one direction of the pattern.
+
+    Parameters
+    ----------
+    blocks : T_i H_ij with H_ij = ∂²E/∂m_i∂m_j of home site i against every site of the supercell, shape (n, 2, M, 3).
+    along : B_i·e_i of the home sites, eV/µB, shape (n,).
+    """
+
+    blocks: Array
+    along: Array
+
+
+class Supercell:
+    """A supercell of repeated cells whose magnetic sites know where they came from.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    sites : indices of its magnetic atoms.
+    repeats : cells along each vector.
+    """
+
+    def __init__(self, cell: Atoms, sites: NDArray[np.intp], repeats: tuple[int, int, int]) -> None:
+        self.cell, self.sites, self.repeats = cell, sites, repeats
+        shifts = np.array(list(itertools.product(*(range(r) for r in repeats))))
+        positions = (cell.positions[None] + (shifts @ cell.cell[:])[:, None]).reshape(-1, 3)
+        lattice = cell.cell[:] * np.array(repeats)[:, None]
+        self.atoms = Atoms(np.tile(cell.numbers, len(shifts)), positions=positions, cell=lattice, pbc=True)
+        self.shifts = shifts
+        n = len(cell)
+        self.magnetic = (np.arange(len(shifts))[:, None] * n + sites[None]).ravel()
+        heights = 1 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
+        self.radius = float(heights.min()) / 2
+
+    def tiled(self, moments: Array) -> Array:
+        """Return moments (n, 3) of the cell repeated over the supercell."""
+        return np.tile(moments, (len(self.shifts), 1))
+
+    def pairs(self) -> tuple[Pairs, NDArray[np.intp], NDArray[np.intp]]:
+        """Return the pairs with a unique nearest image, their columns among the magnetic sites, and the other columns.
+
+        The last are given as home site · M + column, M the number of magnetic sites of the supercell.
+        """
+        lattice, count = self.atoms.cell[:], len(self.sites)
+        home = self.cell.positions[self.sites]
+        images = np.array(list(itertools.product((-2, -1, 0, 1), repeat=3)))
+        first, second, shift, vector, columns, others = [], [], [], [], [], []
+        for i in range(count):
+            for column in range(len(self.magnetic)):
+                cell, j = divmod(column, count)
+                base = home[j] + self.shifts[cell] @ self.cell.cell[:] - home[i]
+                all_images = base + images @ lattice
+                lengths = np.linalg.norm(all_images, axis=1)
+                best = int(np.argmin(lengths))
+                if lengths[best] < 1e-6:
+                    continue
+                if lengths[best] < self.radius - SAME_DISTANCE:
+                    first.append(i)
+                    second.append(j)
+                    shift.append(self.shifts[cell] + images[best] * np.array(self.repeats))
+                    vector.append(all_images[best])
+                    columns.append(column)
+                else:
+                    others.append(i * len(self.magnetic) + column)
+        found = Pairs(
+            np.array(first, dtype=np.int64),
+            np.array(second, dtype=np.int64),
+            np.array(shift, dtype=np.int64).reshape(-1, 3),
+            np.array(vector).reshape(-1, 3),
+        )
+        return found, np.array(columns, dtype=np.intp), np.array(others, dtype=np.intp)
+
+
+def transverse(axis: Array) -> Array:
+    """Return two unit vectors across an axis, rows, shape (2, 3)."""
+    return np.asarray(np.linalg.svd(axis[None])[2][1:])
+
+
+class Exchange(Property):
+    """J_ij of a collinear reference from the derivatives of the magnetic forces in a supercell."""
+
+    name = "exchange"
+    title = "exchange interactions"
+    options_type: ClassVar[type[Options]] = ExchangeOptions
+
+    def __init__(
+        self, options: Options | None = None, repeats: tuple[int, int, int] | None = None, **named: Any
+    ) -> None:
+        super().__init__(options, **named)
+        self._repeats = repeats
+
+    def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
+        """Refuse references that are no collinear order."""
+        super().check(atoms, calculator)
+        moments = moments_of(atoms)
+        if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
+            raise MomentError("no atom carries a moment, so there is no exchange; give moments in µB")
+        if not Pattern.of(moments).collinear:
+            raise MomentError("exchange starts from a collinear reference; give moments along one axis")
+
+    def _reference(self, atoms: Atoms, calculator: SpinCalculator) -> tuple[Atoms, Array, Array]:
+        """Return the primitive cell, its signed lengths in µB at the relaxed reference, and the pattern's axis."""
+        start = Pattern.of(moments_of(atoms))
+        cell, along = primitive_cell(atoms, start.along, self.options.symprec, self.options.mag_symprec)
+        image = with_moments(cell, along[:, None] * start.axis)
+        pattern = Pattern.of(calculator.relax_moments([image], self.mode(calculator))[0])
+        if not pattern.collinear:
+            raise MomentError(
+                "the moments leave the collinear reference when they are relaxed; relax magnitudes instead"
+            )
+        if np.abs(pattern.along).max() < SMALLEST_MOMENT:
+            raise MomentError("the moments vanish when they are relaxed, so there is no exchange; start elsewhere")
+        return cell, pattern.along, pattern.axis
+
+    def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Exchange":
+        """Grow the supercell until nothing is left beyond its unique images.
+
+        A pair farther than half the supercell is folded back into it. The sphere of unique images fills at most half of
+        the cell, so the neighbours of a far shell, folded back, do not all hide inside it.
+        """
+        calculator = members[0]
+        cell, along, axis = self._reference(atoms, calculator)
+        sites = np.flatnonzero(np.abs(along) >= SMALLEST_MOMENT)
+        reach = getattr(calculator.calculator, "reach", None)
+        radius, done = self.options.radius, 0
+        repeats: tuple[int, int, int] | None = None
+        left, place = np.inf, 0.0
+        while True:
+            heights = 1 / np.linalg.norm(np.linalg.inv(cell.cell[:]), axis=0)
+            counts = [int(np.ceil(2 * (radius + 2 * SAME_DISTANCE) / h)) for h in heights]
+            wanted = (counts[0], counts[1], counts[2])
+            size = int(np.prod(wanted)) * len(cell)
+            if size > self.options.max_atoms:
+                last = f"; |J| of {left:.2g} of the largest is left at {place:.1f} Å" if repeats else ""
+                raise ConvergenceError(
+                    f"the exchange needs a supercell of {size} atoms for pairs within {radius:.1f} Å, above the limit "
+                    f"of {self.options.max_atoms}{last}; raise max_atoms, or tolerance"
+                )
+            if wanted != repeats:
+                repeats = wanted
+                progress("grow supercell", done, done + 1)
+                box = Supercell(cell, sites, repeats)
+                left, place = self._left(box, calculator, along, axis)
+                done += 1
+                progress("grow supercell", done, done)
+            if left <= self.options.tolerance or (reach is not None and box.radius > float(reach)):
+                return Exchange(self.options, repeats)
+            radius *= GROWTH
+
+    def _left(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> tuple[float, float]:
+        """Return the largest |J| beyond the unique images relative to the largest, and the distance it begins at."""
+        tensors = self._raw(box, calculator, along, axis)
+        _, _, others = box.pairs()
+        largest = np.abs(tensors).max()
+        if not len(others) or largest <= 0:
+            return 0.0, box.radius
+        flat = np.abs(tensors).reshape(-1, *tensors.shape[2:]).max(axis=(1, 2))
+        return float(flat[others].max() / largest), box.radius
+
+    def _raw(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> Array:
+        """Return transverse -½ |m_i||m_j| H_ij, eV, zero on the own site, shape (n, M, 2, 2)."""
+        columns = self._columns(box, calculator, along, axis)
+        across = transverse(axis)
+        n = len(box.sites)
+        length = along[box.sites]
+        everywhere = np.tile(length, len(box.shifts))
+        tensors = np.einsum("iajx,bx->ijab", columns.blocks, across)
+        tensors *= -0.5 * np.abs(length)[:, None, None, None] * np.abs(everywhere)[None, :, None, None]
+        tensors[np.arange(n), np.arange(n)] = 0.0
+        return tensors
+
+    def _columns(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> Columns:
+        moments = box.tiled(along[:, None] * axis)
+        across = transverse(axis)
+        batch = [moments]
+        for site, t, (k, _) in itertools.product(box.sites, across, STENCIL):
+            shifted = moments.copy()
+            shifted[site] += k * STEP * t
+            batch.append(shifted)
+        fields = []
+        for begin in range(0, len(batch), CHUNK):
+            found = calculator.evaluate_spins(box.atoms, np.array(batch[begin : begin + CHUNK]))
+            fields.append(found["magnetic_forces"])
+        field = np.concatenate(fields)[:, box.magnetic]
+        n = len(box.sites)
+        shifted_fields = field[1:].reshape(n, 2, len(STENCIL), -1, 3)
+        blocks = -np.einsum("k,iakjx->iajx", [w for _, w in STENCIL], shifted_fields) / STEP
+        signs = np.sign(along[box.sites])
+        return Columns(blocks, (field[0, :n] @ axis) * signs)
+
+    def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
+        """Compute tensors, on-site terms, and what follows from them with one model."""
+        if self._repeats is None:
+            raise OptionError("the supercell is missing; call run, which sizes it")
+        cell, along, axis = self._reference(atoms, calculator)
+        sites = np.flatnonzero(np.abs(along) >= SMALLEST_MOMENT)
+        box = Supercell(cell, sites, self._repeats)
+        pairs, kept, others = box.pairs()
+        soc = calculator.soc is not False
+        symmetry = pattern_symmetry(cell, along, self.options.symprec, self.options.mag_symprec)
+        axes = symmetry.frame if soc else axis[None]
+        signs, lengths = np.sign(along[sites]), np.abs(along[sites])
+        total = len(box.magnetic)
+        weights = -0.5 * lengths[:, None] * np.tile(lengths, len(box.shifts))[None]
+
+        left, largest = 0.0, 0.0
+        designs, targets, fields = [], [], []
+        for k, direction in enumerate(axes):
+            progress("Hessian", k, len(axes))
+            columns = self._columns(box, calculator, along, direction)
+            across = transverse(direction)
+            tensors = np.einsum("iajx,bx,ij->ijab", columns.blocks, across, weights)
+            flat = tensors.reshape(-1, 2, 2)
+            own = np.arange(len(sites))
+            targets.append(flat[pairs.first * total + kept])
+            if len(others):
+                left = max(left, float(np.abs(flat[others]).max()))
+            largest = max(largest, float(np.abs(targets[-1]).max(initial=0.0)))
+            designs.append(np.kron(across, across))
+            fields.append((direction, across, tensors[own, own], columns.along))
+        progress("Hessian", len(axes), len(axes))
+        design, target = np.concatenate(designs), np.stack(targets, axis=1).reshape(len(kept), -1)
+        if soc:
+            solved = target @ np.linalg.pinv(design).T
+            tensor = solved.reshape(-1, 3, 3)
+        else:
+            column = design @ np.eye(3).ravel()
+            tensor = (target @ column / (column @ column))[:, None, None] * np.eye(3)
+        misfit = np.abs(target - tensor.reshape(-1, 9) @ design.T).max(initial=0.0)
+        symmetric = symmetrised(tensor, pairs, cell, sites, along, self.options.symprec, self.options.mag_symprec)
+        removed = float(np.abs(symmetric - tensor).max(initial=0.0))
+        onsite, offset = self._onsite(fields, symmetric, pairs, signs, lengths, soc)
+        onsite = symmetrised_sites(onsite, cell, sites, along, self.options.symprec, self.options.mag_symprec)
+        model = SpinModel(cell, sites, pairs, symmetric, onsite)
+        return self._dataset(model, box, calculator, along, axis, soc, left, misfit, removed, offset, progress)
+
+    @staticmethod
+    def _onsite(
+        fields: list[tuple[Array, Array, Array, Array]],
+        tensor: Array,
+        pairs: Pairs,
+        signs: Array,
+        lengths: Array,
+        soc: bool,
+    ) -> tuple[Array, Array]:
+        """Solve the own blocks for A_i, traceless, and for what no bilinear model explains, eV.
+
+        On the sphere the own block is ``-½ (|m|² t·H·t' + |m| B·e δ) = t·A·t' - (e·A·e + Σ_j e_i·J_ij·e_j) δ``.
+        """
+        count = len(signs)
+        onsite, offset = np.zeros((count, 3, 3)), np.zeros(count)
+        basis = np.array(
+            [
+                [[1, 0, 0], [0, -1, 0], [0, 0, 0]],
+                [[1, 0, 0], [0, 1, 0], [0, 0, -2]],
+                [[0, 1, 0], [1, 0, 0], [0, 0, 0]],
+                [[0, 0, 1], [0, 0, 0], [1, 0, 0]],
+                [[0, 0, 0], [0, 0, 1], [0, 1, 0]],
+            ],
+            dtype=float,
+        )
+        for site in range(count):
+            mine = pairs.first == site
+            rows, values = [], []
+            for direction, across, own, along in fields:
+                partners = signs[site] * signs[pairs.second[mine]]
+                molecular = float(np.einsum("x,pxy,y,p->", direction, tensor[mine], direction, partners))
+                left = own[site] - 0.5 * lengths[site] * along[site] * np.eye(2) + molecular * np.eye(2)
+                columns = [across @ b @ across.T - (direction @ b @ direction) * np.eye(2) for b in basis]
+                rows.append(np.array([c.ravel() for c in [*columns, np.eye(2)]]).T)
+                values.append(left.ravel())
+            matrix, vector = np.concatenate(rows), np.concatenate(values)
+            if soc:
+                solution = np.linalg.lstsq(matrix, vector, rcond=None)[0]
+                onsite[site] = np.tensordot(solution[:5], basis, axes=1)
+                offset[site] = solution[5]
+            else:
+                offset[site] = matrix[:, 5] @ vector / (matrix[:, 5] @ matrix[:, 5])
+        return onsite, offset
+
+    def _dataset(
+        self,
+        model: "SpinModel",
+        box: Supercell,
+        calculator: SpinCalculator,
+        along: Array,
+        axis: Array,
+        soc: bool,
+        left: float,
+        misfit: float,
+        removed: float,
+        offset: Array,
+        progress: Progress,
+    ) -> xr.Dataset:
+        cell, sites, pairs, tensor = model.cell, model.sites, model.pairs, model.tensor
+        signs, lengths = np.sign(along[sites]), np.abs(along[sites])
+        milli = 1e3
+        isotropic = np.trace(tensor, axis1=1, axis2=2) / 3
+        dmi = 0.5 * np.einsum("cab,pab->pc", LEVI_CIVITA, tensor)
+        distance = np.linalg.norm(pairs.vector, axis=1)
+        shells = model.shells()
+        symbols = np.array(cell.get_chemical_symbols())
+        q, position, labels = self._path(cell)
+        eigen = np.array([np.linalg.eigvalsh(model.isotropic_at(x))[-1] for x in q])
+        zero = model.isotropic_at(np.zeros(3)).real
+        strongest = float(np.linalg.eigvalsh(zero)[-1])
+        data: dict[str, Any] = {
+            "tensor": variable(("pair", "xyz", "xyz_2"), tensor * milli, "meV", "exchange tensor J_ij"),
+            "J": variable("pair", isotropic * milli, "meV", "isotropic exchange, a third of the trace"),
+            "D": variable(("pair", "xyz"), dmi * milli, "meV", "Dzyaloshinskii-Moriya vector of -Σ D·(e_i×e_j)"),
+            "single_ion": variable(
+                ("site", "xyz", "xyz_2"), model.onsite * milli, "meV", "single-ion tensor A of -Σ e·A·e, traceless"
+            ),
+            "onsite_offset": variable(
+                "site", offset * milli, "meV", "isotropic part of the own block that no bilinear model explains"
+            ),
+            "moments": variable("site", along[sites], "µB", "moment along the axis of the reference"),
+            "shell_J": variable(
+                "shell", np.array([s.mean for s in shells]) * milli, "meV", "mean isotropic exchange of the shell"
+            ),
+            "J_q": variable("wave", eigen * milli, "meV", "largest eigenvalue of J(q)"),
+            "J_zero": variable(
+                (),
+                float(signs @ zero @ signs) / len(signs) * milli,
+                "meV",
+                "Σ_j J_ij e_i·e_j of the reference, mean over sites",
+            ),
+            "tc_mean_field": variable(
+                (), 2 / 3 * strongest / BOLTZMANN if strongest > 0 else np.nan, "K", "mean-field ordering temperature"
+            ),
+            "tc_rpa": variable(
+                (), self._rpa(model, signs), "K", "RPA Curie temperature, NaN but for one ferromagnetic site"
+            ),
+            "stiffness": variable(
+                (), self._stiffness(model, signs, lengths), "meV Å²", "spin-wave stiffness, NaN but for ferromagnets"
+            ),
+            "left_out": variable(
+                (), left * milli, "meV", "largest |J| at pairs beyond the unique images of the supercell"
+            ),
+            "symmetry_removed": variable((), removed * milli, "meV", "largest part that symmetrisation removed"),
+            "direction_residual": variable(
+                (),
+                misfit * milli,
+                "meV",
+                "largest part of the Hessian that no tensor common to all reference axes explains",
+            ),
+        }
+        coords: dict[str, Any] = {
+            "i": variable("pair", sites[pairs.first], "1", "first atom, in the primitive cell"),
+            "j": variable("pair", sites[pairs.second], "1", "second atom, in the primitive cell"),
+            "shift": variable(("pair", "xyz"), pairs.shift, "1", "cell of the second atom, in lattice vectors"),
+            "vector": variable(("pair", "xyz"), pairs.vector, "Å", "from the first to the second atom"),
+            "distance": variable("pair", distance, "Å", "distance"),
+            "site": variable("site", sites, "1", "atom of the primitive cell"),
+            "element": variable("site", symbols[sites], "1", "chemical symbol"),
+            "scaled": variable(
+                ("site", "xyz"),
+                cell.get_scaled_positions(wrap=False)[sites],
+                "1",
+                "fractional position in the primitive cell",
+            ),
+            "shell_distance": variable("shell", np.array([s.distance for s in shells]), "Å", "distance of the shell"),
+            "shell_count": variable(
+                "shell", np.array([s.count for s in shells]), "1", "neighbours of one first atom in the shell"
+            ),
+            "shell_pair": variable("shell", np.array([s.label for s in shells]), "1", "elements of the shell"),
+            "q": variable(("wave", "xyz"), q, "1", "wave vector in the reciprocal lattice of the primitive cell"),
+            "position": variable("wave", position, "1/Å", "place along the path"),
+            "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or lattice vector"),
+            "xyz_2": variable("xyz_2", np.array(["x", "y", "z"]), "1", "Cartesian axis"),
+        }
+        if self.options.states:
+            coords["cone"] = variable("cone", np.array(CONES), "degree", "largest angle to the reference")
+            data.update(self._compare(model, calculator, along, axis, progress))
+        attrs: dict[str, Any] = {
+            "primitive_cell": cell.cell[:].tolist(),
+            "supercell": list(box.repeats),
+            "supercell_atoms": len(box.atoms),
+            "unique_radius": box.radius,
+            "reference_axes": 3 if soc else 1,
+            "path_labels": [list(x) for x in labels],
+        }
+        best = int(np.argmax(eigen))
+        if eigen[best] > strongest + 1e-6:
+            place = ", ".join(f"{x:.3g}" for x in q[best])
+            attrs["note"] = (
+                f"the reference is not the lowest state of this exchange: J(q) is largest at q = ({place}), by "
+                f"{(eigen[best] - strongest) * milli:.3g} meV"
+            )
+        return xr.Dataset(data, coords, attrs)
+
+    def _path(self, cell: Atoms) -> tuple[Array, Array, list[tuple[str, float]]]:
+        try:
+            path = cell.cell.bandpath(None if self.options.path == "auto" else self.options.path, self.options.points)
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+            raise OptionError(f"no path '{self.options.path}' in this lattice; give other points") from error
+        position, places, names = path.get_linear_kpoint_axis()
+        labels = [(str(n), 2 * np.pi * float(x)) for n, x in zip(names, places, strict=True)]
+        return np.asarray(path.kpts, dtype=float), 2 * np.pi * np.asarray(position, dtype=float), labels
+
+    def _rpa(self, model: "SpinModel", signs: Array) -> float:
+        """Return the RPA Curie temperature of one ferromagnetic sublattice, K: k_B T = ⅔ / <1/(J(0) - J(q))>."""
+        if len(signs) != 1:
+            return np.nan
+        zero = float(model.isotropic_at(np.zeros(3))[0, 0].real)
+        sizes = [self.options.mesh, 3 * self.options.mesh // 2, 2 * self.options.mesh]
+        averages = []
+        for size in sizes:
+            steps = (np.arange(size) + 0.5) / size
+            q = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+            gap = zero - model.scalar_at(q)
+            if gap.min() <= 0:
+                return np.nan
+            averages.append(float(np.mean(1 / gap)))
+        orders = np.array([[1.0, 1 / n, 1 / n**3] for n in sizes])
+        return 2 / 3 / float(np.linalg.solve(orders, averages)[0]) / BOLTZMANN
+
+    @staticmethod
+    def _stiffness(model: "SpinModel", signs: Array, lengths: Array) -> float:
+        """Return D of ħω = D q² in meV Å² from the lowest magnon at small q, mean over three directions."""
+        if np.any(signs < 0):
+            return np.nan
+        zero = model.isotropic_at(np.zeros(3)).real
+        scale = 4 / np.sqrt(np.outer(lengths, lengths))
+        found = []
+        for direction in np.eye(3):
+            energies, squares = [], []
+            for size in (0.01, 0.02, 0.03):
+                q = model.cell.cell[:] @ (size * direction) / (2 * np.pi)
+                matrix = scale * (np.diag(zero.sum(axis=1)) - model.isotropic_at(q))
+                energies.append(float(np.linalg.eigvalsh(matrix)[0]))
+                squares.append(size**2)
+            x = np.array(squares)
+            found.append(np.linalg.lstsq(np.column_stack([x, x**2, x**3]), np.array(energies), rcond=None)[0][0])
+        return float(np.mean(found)) * 1e3
+
+    def _compare(
+        self, model: "SpinModel", calculator: SpinCalculator, along: Array, axis: Array, progress: Progress
+    ) -> dict[str, xr.Variable]:
+        """Compare the spin model with the calculator on random states of a small supercell."""
+        rng = np.random.default_rng(self.options.seed)
+        box = Supercell(model.cell, model.sites, (3, 3, 3))
+        reference = box.tiled(along[:, None] * axis)
+        unit = reference[box.magnetic] / np.linalg.norm(reference[box.magnetic], axis=1)[:, None]
+        count, states = len(box.magnetic), self.options.states
+        start = calculator.evaluate_spins(box.atoms, reference[None])["energy"][0]
+        start_model = model.energy(unit[None], box)[0]
+        errors, sizes = [], []
+        for k, cone in enumerate(CONES):
+            progress("random states", k, len(CONES))
+            cosines = rng.uniform(np.cos(np.deg2rad(cone)), 1.0, (states, count))
+            turns = rng.uniform(0, 2 * np.pi, (states, count))
+            sines = np.sqrt(1 - cosines**2)
+            local = np.stack([sines * np.cos(turns), sines * np.sin(turns), cosines], axis=-1)
+            frames = np.array([shortest_rotation(np.array([0.0, 0.0, 1.0]), e) for e in unit])
+            spins = np.einsum("ixy,siy->six", frames, local)
+            moments = np.tile(reference, (states, 1, 1))
+            moments[:, box.magnetic] = spins * np.linalg.norm(reference[box.magnetic], axis=1)[None, :, None]
+            actual = []
+            for begin in range(0, states, 4 * CHUNK):
+                part = moments[begin : begin + 4 * CHUNK]
+                actual.append(calculator.evaluate_spins(box.atoms, part, magnetic_forces=False)["energy"])
+            change = np.concatenate(actual) - start
+            predicted = model.energy(spins, box) - start_model
+            errors.append(np.sqrt(np.mean((predicted - change) ** 2)) / count * 1e3)
+            sizes.append(np.sqrt(np.mean(change**2)) / count * 1e3)
+        progress("random states", len(CONES), len(CONES))
+        return {
+            "model_error": variable(
+                "cone", np.array(errors), "meV/magnetic atom", "rms of predicted less actual energy of random states"
+            ),
+            "model_scale": variable(
+                "cone",
+                np.array(sizes),
+                "meV/magnetic atom",
+                "rms of the actual energy of random states, less the reference",
+            ),
+        }
+
+    def summary(self, dataset: xr.Dataset) -> list[Row]:
+        """Return shells, temperatures and checks as a short table."""
+        rows = [
+            Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
+            Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
+        ]
+        for site, element, moment in zip(
+            dataset["site"].values, dataset["element"].values, dataset["moments"].values, strict=True
+        ):
+            rows.append(Row(f"moment of {element} {site}", float(moment), "µB"))
+        for k in range(min(8, dataset.sizes["shell"])):
+            label = f"J {dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
+            count = int(dataset["shell_count"].values[k])
+            spread = None if "shell_J_std" not in dataset else float(dataset["shell_J_std"][k])
+            rows.append(Row(f"{label}, {count} neighbours", float(dataset["shell_J"][k]), "meV", spread))
+        strongest = np.linalg.norm(dataset["D"].values, axis=1).max(initial=0.0)
+        rows.append(Row("largest |D|", float(strongest), "meV"))
+        for key, label in (
+            ("J_zero", "Σ J of the reference"),
+            ("tc_mean_field", "Tc, mean field"),
+            ("tc_rpa", "Tc, RPA"),
+            ("stiffness", "stiffness"),
+            ("left_out", "|J| beyond the supercell"),
+            ("symmetry_removed", "removed by symmetry"),
+            ("direction_residual", "not common to all axes"),
+        ):
+            value = float(dataset[key])
+            if np.isfinite(value):
+                rows.append(Row(label, value, dataset[key].attrs["units"], spread_of(dataset, key)))
+        if "model_error" in dataset:
+            for cone in dataset["cone"].values:
+                error, scale = (float(dataset[k].sel(cone=cone)) for k in ("model_error", "model_scale"))
+                rows.append(Row(f"model error at {cone:g}°", f"{error:.3g} of {scale:.3g}", "meV/magnetic atom"))
+        return rows
+
+    def plot(self, dataset: xr.Dataset) -> "Figure":
+        """Draw J and |D| against distance, and J(q)."""
+        from .plot import plot_exchange
+
+        return plot_exchange(dataset)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Pairs of the same elements at one distance: their mean J in eV and their number per first atom."""
+
+    label: str
+    distance: float
+    count: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class SpinModel:
+    """``E = -Σ_{i≠j} e_i·J_ij·e_j - Σ_i e_i·A_i·e_i`` of a crystal.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    sites : its magnetic atoms.
+    pairs : P pairs.
+    tensor : J in eV, shape (P, 3, 3).
+    onsite : A in eV, shape (n, 3, 3).
+    """
+
+    cell: Atoms
+    sites: NDArray[np.intp]
+    pairs: Pairs
+    tensor: Array
+    onsite: Array
+
+    def _phases(self, q: Array) -> NDArray[np.complex128]:
+        scaled = self.cell.get_scaled_positions(wrap=False)[self.sites]
+        between = self.pairs.shift + scaled[self.pairs.second] - scaled[self.pairs.first]
+        return np.asarray(np.exp(2j * np.pi * between @ np.asarray(q).T))
+
+    def isotropic_at(self, q: Array) -> NDArray[np.complex128]:
+        """Return the matrix of isotropic J_ij(q) in eV, shape (n, n), q in reciprocal lattice units."""
+        n = len(self.sites)
+        matrix = np.zeros((n, n), dtype=complex)
+        values = np.trace(self.tensor, axis1=1, axis2=2) / 3 * self._phases(q)
+        np.add.at(matrix, (self.pairs.first, self.pairs.second), values)
+        return matrix
+
+    def scalar_at(self, q: Array) -> Array:
+        """Return J(q) in eV of a single sublattice at many wave vectors (Q, 3), shape (Q,)."""
+        isotropic = np.trace(self.tensor, axis1=1, axis2=2) / 3
+        return np.concatenate([isotropic @ self._phases(part).real for part in np.array_split(q, len(q) // 4096 + 1)])
+
+    def energy(self, spins: Array, box: Supercell) -> Array:
+        """Return energies in eV of unit spins (S, M, 3) on the magnetic sites of a supercell, shape (S,)."""
+        n, repeats = len(self.sites), np.array(box.repeats)
+        number = {tuple(s): k for k, s in enumerate(box.shifts.tolist())}
+        result = -np.einsum("smx,mxy,smy->s", spins, np.tile(self.onsite, (len(box.shifts), 1, 1)), spins)
+        for p, tensor in enumerate(self.tensor):
+            partners = (box.shifts + self.pairs.shift[p]) % repeats
+            here = np.arange(len(box.shifts)) * n + self.pairs.first[p]
+            there = np.array([number[tuple(s)] for s in partners.tolist()]) * n + self.pairs.second[p]
+            result -= np.einsum("smx,xy,smy->s", spins[:, here], tensor, spins[:, there])
+        return np.asarray(result)
+
+    def shells(self) -> list[Shell]:
+        """Return the shells in the order of their distances."""
+        symbols = np.array(self.cell.get_chemical_symbols())[self.sites]
+        distance = np.linalg.norm(self.pairs.vector, axis=1)
+        isotropic = np.trace(self.tensor, axis1=1, axis2=2) / 3
+        found: list[Shell] = []
+        ends = zip(symbols[self.pairs.first], symbols[self.pairs.second], strict=True)
+        labels = np.array(["-".join(sorted(pair)) for pair in ends])
+        for label in sorted(set(labels.tolist())):
+            chosen = np.flatnonzero(labels == label)
+            chosen = chosen[np.argsort(distance[chosen], kind="stable")]
+            breaks = np.flatnonzero(np.diff(distance[chosen]) > 5 * SAME_DISTANCE) + 1
+            for group in np.split(chosen, breaks):
+                firsts = len(set(self.pairs.first[group].tolist()))
+                mean = float(isotropic[group].mean())
+                found.append(Shell(str(label), float(distance[group].mean()), round(len(group) / firsts), mean))
+        return sorted(found, key=lambda s: (round(s.distance, 3), s.label))
+
+
+def _operations(
+    cell: Atoms, sites: NDArray[np.intp], along: Array, symprec: float, mag_symprec: float
+) -> list[tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Return each operation as rotation (Cartesian and fractional), image of each magnetic site, and its cell."""
+    scaled = cell.get_scaled_positions(wrap=False)
+    found = spglib.get_magnetic_symmetry(
+        (cell.cell[:], scaled, cell.numbers, along), symprec=symprec, mag_symprec=mag_symprec, is_axial=False
+    )
+    operations = []
+    to_cartesian = cell.cell[:].T
+    for w, t in zip(found["rotations"], found["translations"], strict=True):
+        images = scaled[sites] @ w.T + t
+        difference = images[:, None] - scaled[sites][None]
+        whole = np.rint(difference)
+        error = np.linalg.norm((difference - whole) @ cell.cell[:], axis=2)
+        error[cell.numbers[sites][:, None] != cell.numbers[sites][None]] = np.inf
+        target = error.argmin(axis=1)
+        shift = whole[np.arange(len(sites)), target].astype(np.int64)
+        rotation = to_cartesian @ w @ np.linalg.inv(to_cartesian)
+        operations.append((rotation, np.asarray(w, dtype=np.int64), target.astype(np.int64), shift))
+    return operations
+
+
+def symmetrised(
+    tensor: Array,
+    pairs: Pairs,
+    cell: Atoms,
+    sites: NDArray[np.intp],
+    along: Array,
+    symprec: float,
+    mag_symprec: float,
+) -> Array:
+    """Average pair tensors over the symmetry of crystal and reference, and over J_ji = J_ijᵀ.
+
+    Parameters
+    ----------
+    tensor : shape (P, 3, 3).
+    pairs, cell, sites : what they belong to.
+    along : moments along the axis, shape (N,), µB.
+    symprec, mag_symprec : tolerances in Å and µB.
+    """
+    index = {key: k for k, key in enumerate(pairs.keys())}
+    total, count = np.zeros_like(tensor), np.zeros(len(tensor))
+    for rotation, w, target, shift in _operations(cell, sites, along, symprec, mag_symprec):
+        first, second = target[pairs.first], target[pairs.second]
+        moved = pairs.shift @ w.T + shift[pairs.second] - shift[pairs.first]
+        turned = np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
+        keys = Pairs(first, second, moved, pairs.vector).keys()
+        reverse = Pairs(second, first, -moved, pairs.vector).keys()
+        for names, values in ((keys, turned), (reverse, turned.transpose(0, 2, 1))):
+            rows = np.array([index.get(name, -1) for name in names], dtype=int)
+            good = rows >= 0
+            np.add.at(total, rows[good], values[good])
+            np.add.at(count, rows[good], 1.0)
+    return total / count[:, None, None]
+
+
+def symmetrised_sites(
+    tensor: Array, cell: Atoms, sites: NDArray[np.intp], along: Array, symprec: float, mag_symprec: float
+) -> Array:
+    """Average site tensors (n, 3, 3) over the symmetry of crystal and reference."""
+    operations = _operations(cell, sites, along, symprec, mag_symprec)
+    total = np.zeros_like(tensor)
+    for rotation, _, target, _ in operations:
+        total[target] += np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
+    return total / len(operations)

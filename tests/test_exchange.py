@@ -1,0 +1,291 @@
+"""Exchange tensors and what follows from them, against Hamiltonians that were put in."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase import Atoms
+from ase.build import bulk
+from mmace_props.base import write_dataset
+from mmace_props.errors import ConvergenceError, MomentError, OptionError
+from mmace_props.exchange import Exchange, Pairs, SpinModel, Supercell
+from mmace_props.protocol import with_moments
+from mmace_props.spiral import SpinSpiral
+from scipy.spatial.transform import Rotation
+
+from .toys import (
+    DMI,
+    Biquadratic,
+    CapableToy,
+    CommitteeToy,
+    Heisenberg,
+    Landau,
+    PseudoDipolar,
+    Toy,
+    Uniaxial,
+)
+
+BOLTZMANN = 8.617333262e-5
+J, M = 2e-3, 1.9
+WATSON = {"sc": 1.5163860591519780, "bcc": 1.3932039296856769, "fcc": 1.3446610732469220}
+"""Means of 1/(1 - γ(q)) over the Brillouin zone, in closed form through elliptic integrals and gamma functions."""
+
+
+def ferromagnet(atoms, m=M):
+    return with_moments(atoms, np.tile([0, 0, m], (len(atoms), 1)))
+
+
+def quick(**options):
+    return Exchange(**{"states": 0, "points": 11, "mesh": 8, **options})
+
+
+@pytest.mark.parametrize(("lattice", "neighbours", "a"), [("sc", 6, 2.4), ("bcc", 8, 2.8), ("fcc", 12, 3.5)])
+def test_bravais_ferromagnets(lattice, neighbours, a):
+    """J of each shell, Σ J, mean-field and RPA temperatures (Watson's integrals), and the stiffness."""
+    atoms = bulk("Fe", lattice, a=a)
+    distance = {"sc": a, "bcc": a * np.sqrt(3) / 2, "fcc": a / np.sqrt(2)}[lattice]
+    dataset = quick(mesh=24).run(ferromagnet(atoms), CapableToy(Heisenberg(J, distance + 0.1), soc=False))
+    exchange = J * M**2
+    near = np.abs(dataset["distance"].values - distance) < 1e-3
+    assert near.sum() == neighbours
+    np.testing.assert_allclose(dataset["J"].values, np.where(near, 1e3 * exchange, 0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        dataset["tensor"].values[near], np.broadcast_to(1e3 * exchange * np.eye(3), (neighbours, 3, 3)), atol=1e-9
+    )
+    assert float(dataset["J_zero"]) == pytest.approx(1e3 * neighbours * exchange, rel=1e-9)
+    mean_field = 2 / 3 * neighbours * exchange / BOLTZMANN
+    assert float(dataset["tc_mean_field"]) == pytest.approx(mean_field, rel=1e-6)
+    assert float(dataset["tc_rpa"]) == pytest.approx(mean_field / WATSON[lattice], rel=1e-6)
+    stiffness = 2 / 3 / M * neighbours * exchange * distance**2 * 1e3
+    assert float(dataset["stiffness"]) == pytest.approx(stiffness, rel=1e-6)
+    assert float(dataset["left_out"]) < 1e-9
+    assert int(dataset["shell_count"][0]) == neighbours
+
+
+def test_two_sublattices_of_different_moments():
+    """B2: J_ij = J m_i m_j between and within the sublattices, the mean field of a 2×2 matrix, its acoustic magnon."""
+    atoms = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8] * 3, pbc=True)
+    moments = np.array([2.1, 1.3])
+    terms = (Heisenberg(J, 2.5), Heisenberg(0.4e-3, 2.9))
+    dataset = quick().run(with_moments(atoms, moments), CapableToy(*terms, soc=False))
+    tables = {"Cr-Fe": (J + 0.4e-3) * moments[0] * moments[1], "Fe-Fe": 0.4e-3 * 2.1**2, "Cr-Cr": 0.4e-3 * 1.3**2}
+    counts = {"Cr-Fe": 8, "Fe-Fe": 6, "Cr-Cr": 6}
+    for k in range(3):
+        label = str(dataset["shell_pair"].values[k])
+        assert float(dataset["shell_J"][k]) == pytest.approx(1e3 * tables.pop(label), rel=1e-9)
+        assert int(dataset["shell_count"][k]) == counts[label]
+    assert not tables
+    matrix = np.array([[6 * 0.4e-3 * 2.1**2, 8 * 2.4e-3 * 2.73], [8 * 2.4e-3 * 2.73, 6 * 0.4e-3 * 1.3**2]])
+    expected = 2 / 3 * np.linalg.eigvalsh(matrix)[-1] / BOLTZMANN
+    assert float(dataset["tc_mean_field"]) == pytest.approx(expected, rel=1e-6)
+    # long waves carry both sublattices along: D = (2/3) Σ J R² / (m₁ + m₂)
+    weight = 2 * 8 * 2.4e-3 * 2.73 * (2.8**2 * 0.75) + 6 * 0.4e-3 * (2.1**2 + 1.3**2) * 2.8**2
+    assert float(dataset["stiffness"]) == pytest.approx(2e3 / 3 * weight / 3.4, rel=1e-6)
+    assert np.isnan(float(dataset["tc_rpa"]))
+
+
+def test_rocksalt_antiferromagnet():
+    """Layers up and down: the reference does not bias J, non-magnetic sites stay out."""
+    atoms = bulk("CrN", "rocksalt", a=4.1, cubic=True)
+    layers = np.where(np.isclose(atoms.get_scaled_positions()[:, 2] % 1, 0), 1.0, -1.0)
+    atoms = with_moments(atoms, np.where(atoms.numbers == 24, 2.5 * layers, 0.0))
+    dataset = quick(radius=4.0).run(atoms, CapableToy(Heisenberg(-J, 3.0), soc=False))
+    assert set(dataset["element"].values) == {"Cr"}
+    near = dataset["distance"].values < 3.0
+    np.testing.assert_allclose(dataset["J"].values[near], -1e3 * J * 2.5**2, rtol=1e-9)
+    np.testing.assert_allclose(dataset["J"].values[~near], 0, atol=1e-9)
+    assert near.sum() == 12 * dataset.sizes["site"]
+    # 8 of 12 neighbours are antiparallel
+    assert float(dataset["J_zero"]) == pytest.approx(1e3 * J * 2.5**2 * 4, rel=1e-9)
+
+
+def chiral():
+    """A triclinic cell of two different atoms: no symmetry but the lattice."""
+    cell = [[2.6, 0.1, 0.0], [0.3, 2.9, -0.2], [0.2, 0.4, 3.3]]
+    return Atoms("FeCr", scaled_positions=[[0.02, 0.0, 0.01], [0.48, 0.55, 0.35]], cell=cell, pbc=True)
+
+
+def test_full_tensors_without_symmetry():
+    """Isotropic, symmetric anisotropic and Dzyaloshinskii-Moriya parts of every pair, with signs and factors."""
+    atoms = with_moments(chiral(), [2.1, 1.4])
+    isotropic, dipolar, dmi = 2e-3, 3e-4, 4e-4
+    toy = CapableToy(Heisenberg(isotropic, 3.0), PseudoDipolar(dipolar, 3.0, 1.0), DMI(dmi, 3.0))
+    dataset = quick().run(atoms, toy)
+    lengths = np.array([2.1, 1.4])
+    signs = np.array(
+        [[[0, 0, 0], [0, 0, 1], [0, -1, 0]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]], [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]]
+    )
+    found = 0
+    for p in range(dataset.sizes["pair"]):
+        vector, distance = dataset["vector"].values[p], float(dataset["distance"][p])
+        unit, size = vector / distance, lengths[int(dataset["i"][p])] * lengths[int(dataset["j"][p])]
+        inside = distance < 3.0
+        found += inside
+        expected = np.zeros((3, 3))
+        if inside:
+            expected = isotropic * np.eye(3) + dipolar * np.exp(-(distance - 2.5)) * np.outer(unit, unit)
+            expected = size * (expected + dmi * np.einsum("c,cab->ab", unit, signs))
+        np.testing.assert_allclose(dataset["tensor"].values[p], 1e3 * expected, atol=1e-8)
+        if inside:
+            np.testing.assert_allclose(dataset["D"].values[p], 1e3 * size * dmi * unit, atol=1e-8)
+            again = dataset["i"].values[p] * 2 + dataset["j"].values[p]
+            assert again in (0, 1, 2, 3)
+    assert found > 8
+    assert float(dataset["direction_residual"]) < 1e-8
+    np.testing.assert_allclose(dataset["single_ion"], 0, atol=1e-7)
+
+
+def test_single_ion_tensor():
+    """K sin²θ is -e·A·e with A = K (ĉĉ - 1/3), next to two-ion terms that must not leak into it."""
+    atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8, 2.8, 3.1], pbc=True)
+    toy = CapableToy(Heisenberg(J, 3.2), PseudoDipolar(2e-4, 3.2), Uniaxial(3e-4, numbers=(26,)))
+    dataset = quick().run(with_moments(atoms, [2.0, 0.0]), toy)
+    np.testing.assert_allclose(dataset["single_ion"].values[0], 0.3 * np.diag([-1, -1, 2]) / 3, atol=1e-7)
+    np.testing.assert_allclose(dataset["onsite_offset"], 0, atol=1e-7)
+
+
+def test_moments_off_their_minimum_do_not_leak():
+    """A Landau term off its minimum has a longitudinal force, which the sphere takes out of the own block."""
+    toy = CapableToy(Heisenberg(J, 2.6), Landau(0.05, 0.005), Uniaxial(3e-4))
+    dataset = quick().run(ferromagnet(bulk("Fe", a=2.8)), toy)
+    np.testing.assert_allclose(dataset["onsite_offset"], 0, atol=1e-6)
+    relaxed = quick(moments="magnitudes").run(ferromagnet(bulk("Fe", a=2.8)), toy)
+    assert float(relaxed["moments"][0]) == pytest.approx(np.sqrt((0.05 + 8 * J) / 0.01), rel=1e-6)
+    assert float(relaxed["shell_J"][0]) == pytest.approx(1e3 * J * (0.05 + 8 * J) / 0.01, rel=1e-6)
+
+
+def test_spin_model_gives_the_energies_of_its_hamiltonian():
+    """On random states at every cone the bilinear model is exact where the Hamiltonian is bilinear."""
+    atoms = with_moments(chiral(), [2.1, 1.4])
+    toy = CapableToy(Heisenberg(2e-3, 3.0), PseudoDipolar(3e-4, 3.0), DMI(4e-4, 3.0), Uniaxial(3e-4))
+    dataset = Exchange(points=5, mesh=4, states=100).run(atoms, toy)
+    assert dataset["cone"].values.tolist() == [5, 20, 60, 180]
+    assert np.all(dataset["model_scale"].values > 0.1)
+    np.testing.assert_allclose(dataset["model_error"], 0, atol=1e-8)
+
+
+def test_where_the_heisenberg_picture_ends():
+    """A biquadratic term gives J + 2B on the ferromagnet, J - 2B on the antiferromagnet, and an error that grows."""
+    b = 3e-4
+    toy = CapableToy(Heisenberg(J, 2.6), Biquadratic(b, 2.6), soc=False)
+    atoms = bulk("Fe", cubic=True, a=2.8)
+    fm = Exchange(points=5, mesh=8).run(ferromagnet(atoms), toy)
+    assert float(fm["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 + 2 * b), rel=1e-6)
+    afm = quick().run(with_moments(atoms, [M, -M]), toy)
+    assert float(afm["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 - 2 * b), rel=1e-6)
+    relative = (fm["model_error"] / fm["model_scale"]).values
+    assert np.all(np.diff(relative) > 0)
+    assert relative[0] < 1e-2
+    assert relative[-1] > 2e-2
+
+
+def test_exchange_in_reciprocal_space_is_the_spiral():
+    """J(0) - J(q) from the tensors is E(q) - E(0) of flat spirals in the primitive cell."""
+    toy = CapableToy(Heisenberg(J, 3.5, 1.5), soc=False)
+    atoms = ferromagnet(bulk("Fe", a=2.8))
+    exchange = quick(points=25).run(atoms, toy)
+    spiral = SpinSpiral(points=25, mesh=0).run(atoms, toy)
+    np.testing.assert_allclose(exchange["q"], spiral["q"], atol=1e-12)
+    difference = exchange["J_q"].values[0] - exchange["J_q"].values
+    np.testing.assert_allclose(difference, spiral["energy"], rtol=1e-9, atol=1e-9)
+
+
+def test_symmetry_and_turned_crystals():
+    """Tensors turn with the crystal, and symmetrisation removes nothing from a symmetric Hamiltonian."""
+    atoms = ferromagnet(bulk("Fe", a=2.8))
+    toy = CapableToy(Heisenberg(J, 3.0), PseudoDipolar(3e-4, 3.0))
+    plain = quick().run(atoms, toy)
+    assert float(plain["symmetry_removed"]) < 1e-9
+    rotation = Rotation.from_rotvec([0.4, -0.7, 0.2])
+    turned = Atoms("Fe", cell=rotation.apply(atoms.cell[:]), pbc=True)
+    other = quick().run(with_moments(turned, [rotation.apply([0, 0, M])]), toy)
+    matrix = rotation.as_matrix()
+    for p in range(0, plain.sizes["pair"], 7):
+        image = np.linalg.norm(other["vector"].values - matrix @ plain["vector"].values[p], axis=1).argmin()
+        expected = matrix @ plain["tensor"].values[p] @ matrix.T
+        np.testing.assert_allclose(other["tensor"].values[image], expected, atol=1e-8)
+
+
+def test_symmetrisation_measures_what_it_removes():
+    """A chiral term on a centrosymmetric lattice is forbidden there: its size is reported."""
+    dataset = quick().run(ferromagnet(bulk("Fe", a=2.8)), CapableToy(Heisenberg(J, 2.6), DMI(2e-4, 2.6)))
+    assert float(dataset["symmetry_removed"]) == pytest.approx(1e3 * 2e-4 * M**2 / np.sqrt(3), rel=1e-6)
+    assert np.abs(dataset["D"]).max() < 1e-9
+
+
+def test_the_supercell_grows_until_nothing_is_left():
+    """A longer interaction takes a larger cell; a limit below what it needs is an error that says how much is left."""
+    atoms = ferromagnet(bulk("Fe", a=2.8))
+    short = quick(radius=3.0).run(atoms, CapableToy(Heisenberg(J, 2.6), soc=False))
+    long = quick(radius=3.0).run(atoms, CapableToy(Heisenberg(J, 5.7, 0.5), soc=False))
+    assert short.attrs["unique_radius"] < long.attrs["unique_radius"]
+    assert long.attrs["unique_radius"] > 5.7
+    inside = long["distance"].values < 5.7
+    expected = J * M**2 * np.exp(-0.5 * (long["distance"].values - 2.5))
+    np.testing.assert_allclose(long["J"].values, np.where(inside, 1e3 * expected, 0), rtol=1e-8, atol=1e-9)
+    with pytest.raises(ConvergenceError, match=r"of the largest is left at 4\.\d Å; raise max_atoms"):
+        quick(radius=3.0, max_atoms=100).run(atoms, CapableToy(Heisenberg(J, 5.7, 0.5), soc=False))
+
+
+def test_an_unstable_reference_is_said_to_be_one():
+    """Ferromagnetic order of an antiferromagnet: no temperature, and a note with the better wave vector."""
+    dataset = quick(points=31).run(ferromagnet(bulk("Fe", a=2.8)), CapableToy(Heisenberg(-J, 2.6), soc=False))
+    assert "not the lowest state" in dataset.attrs["note"]
+    assert np.isnan(float(dataset["tc_mean_field"]))
+    assert np.isnan(float(dataset["tc_rpa"]))
+    assert float(dataset["stiffness"]) < 0
+
+
+def test_calculators_without_capabilities():
+    """Energies and magnetic forces one structure at a time give the same tensors."""
+    terms = (Heisenberg(J, 2.6), PseudoDipolar(3e-4, 2.6))
+    atoms = ferromagnet(bulk("Fe", a=2.8))
+    fast = quick(radius=2.6).run(atoms, CapableToy(*terms))
+    slow = quick(radius=2.6).run(atoms, Toy(*terms))
+    np.testing.assert_allclose(slow["tensor"], fast["tensor"], atol=1e-9)
+
+
+def test_committee_and_dataset(tmp_path):
+    """Mean and spread of every J, a file that opens plainly, a picture."""
+    toys = CommitteeToy([CapableToy(Heisenberg(j, 2.6), soc=False) for j in (1e-3, 2e-3, 4e-3)])
+    dataset = quick().run(ferromagnet(bulk("Fe", a=2.8)), toys)
+    assert float(dataset["shell_J"][0]) == pytest.approx(7e-3 / 3 * 1e3 * M**2, rel=1e-9)
+    assert float(dataset["shell_J_std"][0]) == pytest.approx(np.std([1, 2, 4], ddof=1) * M**2, rel=1e-9)
+    write_dataset(dataset, tmp_path / "x.nc")
+    with xr.open_dataset(tmp_path / "x.nc") as again:
+        xr.testing.assert_identical(again.load(), dataset)
+    Exchange().plot(dataset).savefig(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_spin_model_energy_of_two_spins():
+    """Both ij and ji are in the sum: turning one of two spins over changes the energy by 4 J."""
+    cell = Atoms("Fe", cell=[3.0, 9.0, 9.0], pbc=True)
+    pairs = Pairs(
+        np.zeros(2, int), np.zeros(2, int), np.array([[1, 0, 0], [-1, 0, 0]]), np.array([[3.0, 0, 0], [-3.0, 0, 0]])
+    )
+    model = SpinModel(cell, np.array([0]), pairs, np.array([np.eye(3)] * 2) * J, np.zeros((1, 3, 3)))
+    box = Supercell(cell, np.array([0]), (4, 1, 1))
+    up = np.tile([0.0, 0, 1], (4, 1))
+    down = up.copy()
+    down[0] *= -1
+    energies = model.energy(np.array([up, down]), box)
+    # a ring of four: eight terms of -J, and two bonds of two terms each turned over
+    assert energies == pytest.approx([-8 * J, -8 * J + 8 * J])
+
+
+def test_refusals():
+    """References and options that give no exchange."""
+    atoms = bulk("Fe", cubic=True, a=2.8)
+    toy = CapableToy(Heisenberg(J, 2.6), soc=False)
+    with pytest.raises(MomentError, match="no atom carries a moment"):
+        quick().run(with_moments(atoms, np.zeros((2, 3))), toy)
+    with pytest.raises(MomentError, match="collinear reference"):
+        quick().run(with_moments(atoms, [[0, 0, 1], [0, 1, 0]]), toy)
+    with pytest.raises(MomentError, match="vanish"):
+        quick(moments="magnitudes").run(ferromagnet(atoms, 1.0), CapableToy(Landau(-0.05, 0.001), soc=False))
+    with pytest.raises(OptionError, match="no path 'GQQ'"):
+        quick(path="GQQ").run(ferromagnet(atoms), toy)
+    with pytest.raises(OptionError, match="radius"):
+        Exchange(radius=0.1)
+    with pytest.raises(OptionError, match="tolerance"):
+        Exchange(tolerance=0.0)
