@@ -27,7 +27,7 @@ from mmace.labels.files import check_checksums, read_labels, write_checksums, wr
 from mmace.labels.gate import collect, fingerprint, job_frames, judge
 from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, read_splits, write_plan, write_splits
 from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
-from mmace.labels.sampling import build, expand, read_sampling
+from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling
 
 RECORDED = Path(__file__).parent / "test_labels_data"
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -126,6 +126,21 @@ def test_mesh_keeps_symmetry_and_spacing(atoms: Atoms) -> None:
     assert np.all(np.linalg.norm(reciprocal, axis=1) / mesh <= 0.25 + 1e-6)
     turned = (reciprocal / mesh[:, None]) @ np.array([(0, 1, 0), (-1, 0, 0), (0, 0, 1)])
     steps = turned @ np.linalg.inv(reciprocal / mesh[:, None])
+    assert np.allclose(steps, np.round(steps))
+
+
+@pytest.mark.parametrize(
+    ("atoms", "gamma"),
+    [(bulk("Fe", "bcc", 2.83, cubic=True), False), (bulk("Fe", "bcc", 2.83), False), (bulk("Al", "fcc", 4.04), True)],
+)
+def test_anisotropy_meshes_avoid_gamma_only_where_symmetry_allows(atoms: Atoms, gamma: bool) -> None:
+    mesh = anisotropy_mesh(atoms.cell.array, 0.3)
+    assert mesh["gamma"] is gamma
+    sizes = np.array(mesh["kmesh"])
+    points = (np.indices(sizes).reshape(3, -1).T + (0.0 if gamma else 0.5)) / sizes
+    reciprocal = 2 * np.pi * np.linalg.inv(atoms.cell.array).T
+    turned = points @ reciprocal @ np.array([(0, 1, 0), (-1, 0, 0), (0, 0, 1)]) @ np.linalg.inv(reciprocal)
+    steps = turned * sizes - (0.0 if gamma else 0.5)
     assert np.allclose(steps, np.round(steps))
 
 
