@@ -564,6 +564,10 @@ class Anisotropy(Property):
             count = dataset.attrs.get("easy_axes", 1)
             rows.append(Row("easy axis", f"{_written(dataset['easy_axis'].values)}, {count} equivalent"))
             rows.append(Row("hard axis", _written(dataset["hard_axis"].values)))
+        if "easy_rotation" in dataset and not int(dataset["is_zero"]):
+            first = int(np.argmax(lengths > ZERO_MOMENT))
+            easy = dataset["easy_rotation"].values @ dataset["moments"].values[first] / lengths[first]
+            rows.append(Row(f"easy orientation, moment of atom {first} along", _written(easy)))
         if "K_residual" in dataset:
             rows.append(Row("rms beyond the constants", float(dataset["K_residual"]), "µeV/atom"))
         return rows

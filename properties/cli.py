@@ -20,7 +20,6 @@ from rich.table import Table
 
 from .base import Options, Progress, Property, Row, as_json, check_writable, load_property, plugins, write_dataset
 from .errors import CalculatorError, OptionError, PropertyError, did_you_mean
-from .plot import check_format, save_figure
 from .protocol import MODES, SpinCalculator, moments_of
 from .provenance import magnetic_space_group
 from .structures import ORDERS, Start, formula, parse_moments, read_moments, read_structure, start_structure
@@ -179,6 +178,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     output = Path(args.output if args.output is not None else f"{Path(args.structure).stem}_{kind.name}.nc")
     check_writable(output)
     if args.plot is not None:
+        from .plot import check_format
+
         check_format(args.plot)
         check_writable(args.plot)
         if Path(args.plot).resolve() == output.resolve():
@@ -200,6 +201,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     rows = prop.summary(dataset)
     write_dataset(dataset, output)
     if args.plot is not None:
+        from .plot import save_figure
+
         save_figure(prop.plot(dataset), args.plot)
     _print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
     if "note" in dataset.attrs:

@@ -13,7 +13,7 @@ from scipy.optimize import brentq, least_squares
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import GPA
-from .errors import ConvergenceError, MomentError, OptionError
+from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
 from .structures import antiferromagnetic_signs
 
@@ -219,8 +219,12 @@ class EquationOfState(Property):
     ) -> tuple[Array, Array]:
         """Return energies (n,) in eV and relaxed moments (n, N, 3) in µB at volumes of the cell."""
         images = [with_moments(_at_volume(atoms, v), start) for v in volumes]
-        moments = calculator.relax_moments(images, self._state_mode(state, calculator))
-        energies = [calculator.energy(image, m) for image, m in zip(images, moments, strict=True)]
+        try:
+            moments = calculator.relax_moments(images, self._state_mode(state, calculator))
+            energies = [calculator.energy(image, m) for image, m in zip(images, moments, strict=True)]
+        except (CalculatorError, ConvergenceError) as error:
+            span = f"{volumes.min() / len(atoms):.2f} to {volumes.max() / len(atoms):.2f} Å³/atom"
+            raise type(error)(f"the {state} state at {span}: {error}") from error
         return np.array(energies), np.array(moments)
 
     def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "EquationOfState":

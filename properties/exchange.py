@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import BOLTZMANN
-from .errors import ConvergenceError, MomentError, OptionError
+from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .protocol import STENCIL, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .spiral import primitive_cell
 from .symmetry import Pattern, pattern_symmetry, shortest_rotation
@@ -193,8 +193,10 @@ class Exchange(Property):
         self._repeats = repeats
 
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
-        """Refuse references that are no collinear order."""
+        """Refuse references that are no collinear order, and calculators that give energies alone."""
         super().check(atoms, calculator)
+        if not calculator.has("evaluate_spins") and not calculator.has("magnetic_forces"):
+            raise CalculatorError("exchange needs a calculator that gives magnetic_forces, or evaluate_spins")
         moments = moments_of(atoms)
         if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no exchange; give moments in µB")

@@ -157,35 +157,53 @@ def plot_eos(dataset: xr.Dataset) -> Figure:
     return figure
 
 
+def _mark(axes: Any, labels: list[list[Any]], offset: float) -> None:
+    """Draw the special points of a path; two at one place share it."""
+    merged: dict[float, list[str]] = {}
+    for name, x in labels:
+        merged.setdefault(round(float(x), 6), []).append("Γ" if name == "G" else str(name))
+    for x, names in merged.items():
+        axes.axvline(x, color="0.8", lw=0.8, zorder=0)
+        if offset:
+            where = axes.get_xaxis_transform()
+            axes.text(x, offset, "|".join(dict.fromkeys(names)), transform=where, ha="center", va="top")
+    axes.tick_params(labelbottom=False, bottom=False)
+
+
+def _broken(place: np.ndarray, *curves: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Insert NaN where a path jumps from one point to another at the same place."""
+    jumps = np.flatnonzero(np.diff(place) <= 0) + 1
+    return tuple(np.insert(np.asarray(v, dtype=float), jumps, np.nan, axis=0) for v in (place, *curves))
+
+
 def plot_spiral(dataset: xr.Dataset) -> Figure:
     """Draw E(q) with its magnon scale where there is one, and |m|(q)."""
     figure = new_figure(7.0, 6.0)
     upper: Any = figure.add_subplot(2, 1, 1)
     lower: Any = figure.add_subplot(2, 1, 2, sharex=upper)
-    place, energy = dataset["position"].values, dataset["energy"].values
-    marker = "-" if json.loads(dataset.attrs["path_labels"]) else "o"
+    labels = json.loads(dataset.attrs["path_labels"])
+    marker = "-" if labels else "o"
+    spread = dataset["energy_std"].values if "energy_std" in dataset else np.zeros(dataset.sizes["wave"])
+    jumping = (dataset["energy"].values, spread, dataset["length"].values)
+    if labels:
+        place, energy, spread, lengths = _broken(dataset["position"].values, *jumping)
+    else:
+        place, (energy, spread, lengths) = dataset["position"].values, jumping
     upper.plot(place, energy, marker, color=COLOURS[0])
-    if "energy_std" in dataset:
-        spread = dataset["energy_std"].values
-        upper.fill_between(place, energy - spread, energy + spread, color=COLOURS[0], alpha=0.2, lw=0)
+    upper.fill_between(place, energy - spread, energy + spread, color=COLOURS[0], alpha=0.2, lw=0)
     if "asymmetry" in dataset:
         upper.plot(place, dataset["asymmetry"].values, "s", ms=3, color=COLOURS[1], label="E(q) − E(−q)")
         upper.legend(frameon=False)
     upper.set_ylabel("E(q) − E(0)  (meV/atom)")
     upper.set_title(f"{dataset.attrs.get('formula', '')}, {dataset.attrs['route']}", fontsize=10)
-    lengths = dataset["length"].values
-    carrying = [k for k in range(lengths.shape[1]) if lengths[:, k].max() > 0]
+    carrying = [k for k in range(lengths.shape[1]) if np.nanmax(lengths[:, k]) > 0]
     for k, colour in zip(carrying, COLOURS * len(carrying), strict=False):
         lower.plot(place, lengths[:, k], marker, color=colour, label=f"{dataset['element'].values[k]} {k}")
     lower.set_ylabel("|m|  (µB)")
     lower.legend(frameon=False, fontsize=8)
-    for name, x in json.loads(dataset.attrs["path_labels"]):
-        for axes in (upper, lower):
-            axes.axvline(x, color="0.8", lw=0.8, zorder=0)
-        lower.text(x, -0.08, "Γ" if name == "G" else name, transform=lower.get_xaxis_transform(), ha="center", va="top")
-    if json.loads(dataset.attrs["path_labels"]):
-        lower.tick_params(labelbottom=False, bottom=False)
-        upper.tick_params(labelbottom=False, bottom=False)
+    if labels:
+        _mark(upper, labels, 0.0)
+        _mark(lower, labels, -0.04)
     else:
         lower.set_xlabel("wave vector number")
     return figure
@@ -208,10 +226,7 @@ def plot_exchange(dataset: xr.Dataset) -> Figure:
     left.set_ylabel("meV")
     left.legend(frameon=False)
     left.set_title(dataset.attrs.get("formula", ""), fontsize=10)
-    right.plot(dataset["position"].values, dataset["J_q"].values, color=COLOURS[0])
+    right.plot(*_broken(dataset["position"].values, dataset["J_q"].values), color=COLOURS[0])
     right.set_ylabel("J(q)  (meV)")
-    for name, x in json.loads(dataset.attrs["path_labels"]):
-        right.axvline(x, color="0.8", lw=0.8, zorder=0)
-        right.text(x, -0.04, "Γ" if name == "G" else name, transform=right.get_xaxis_transform(), ha="center", va="top")
-    right.tick_params(labelbottom=False, bottom=False)
+    _mark(right, json.loads(dataset.attrs["path_labels"]), -0.02)
     return figure

@@ -10,7 +10,7 @@ from mmace_props.errors import ConvergenceError, MomentError, OptionError
 from mmace_props.protocol import with_moments
 from scipy.optimize import fsolve
 
-from .toys import CapableToy, CommitteeToy, MagneticEquationOfState, Toy
+from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Toy
 from .toys import birch_murnaghan as toy_birch_murnaghan
 from .toys import vinet as toy_vinet
 
@@ -166,6 +166,9 @@ def test_refusals():
         EquationOfState(states=("nm",)).run(
             iron(), CapableToy(MagneticEquationOfState(CURVES, form=lambda v, *parameters: -0.1 * v))
         )
+    runaway = CapableToy(MagneticEquationOfState(CURVES), Landau(0.0, -1.0))
+    with pytest.raises(ConvergenceError, match=r"the fm state at \d+\.\d\d to \d+\.\d\d Å³/atom: the moments did not"):
+        EquationOfState(moments="magnitudes", states=("fm",)).run(iron(), runaway)
     with pytest.raises(OptionError, match="did you mean 'afm'"):
         EquationOfState(states=("afn",))
     with pytest.raises(OptionError, match="volume_range"):

@@ -6,7 +6,7 @@ import xarray as xr
 from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import write_dataset
-from mmace_props.errors import ConvergenceError, MomentError, OptionError
+from mmace_props.errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from mmace_props.exchange import Exchange, Pairs, SpinModel, Supercell
 from mmace_props.protocol import with_moments
 from mmace_props.spiral import SpinSpiral
@@ -153,6 +153,20 @@ def test_moments_off_their_minimum_do_not_leak():
     assert float(relaxed["shell_J"][0]) == pytest.approx(1e3 * J * (0.05 + 8 * J) / 0.01, rel=1e-6)
 
 
+def test_own_blocks_of_antiferromagnets_and_hexagonal_lattices():
+    """Signs of the reference in the own block, and axes that the lattice does not map onto each other."""
+    terms = (Heisenberg(-J, 2.6), Landau(0.05, 0.005), Uniaxial(3e-4))
+    afm = quick().run(with_moments(bulk("Fe", cubic=True, a=2.8), [M, -M]), CapableToy(*terms))
+    np.testing.assert_allclose(afm["onsite_offset"], 0, atol=1e-6)
+    hexagonal = ferromagnet(bulk("Co", "hcp", a=2.5, c=4.1), 1.6)
+    toy = CapableToy(Heisenberg(J, 2.6), PseudoDipolar(2e-4, 2.6), Uniaxial(3e-4), elements=None, default_moments=None)
+    dataset = quick().run(hexagonal, toy)
+    for key in ("symmetry_removed", "direction_residual"):
+        assert float(dataset[key]) < 1e-8
+    expected = 0.3 * np.diag([-1, -1, 2]) / 3
+    np.testing.assert_allclose(dataset["single_ion"].values, [expected, expected], atol=1e-6)
+
+
 def test_spin_model_gives_the_energies_of_its_hamiltonian():
     """On random states at every cone the bilinear model is exact where the Hamiltonian is bilinear."""
     atoms = with_moments(chiral(), [2.1, 1.4])
@@ -283,6 +297,8 @@ def test_refusals():
         quick().run(with_moments(atoms, [[0, 0, 1], [0, 1, 0]]), toy)
     with pytest.raises(MomentError, match="vanish"):
         quick(moments="magnitudes").run(ferromagnet(atoms, 1.0), CapableToy(Landau(-0.05, 0.001), soc=False))
+    with pytest.raises(CalculatorError, match="gives magnetic_forces"):
+        quick().run(ferromagnet(atoms), Toy(Heisenberg(J, 2.6), gives=("energy",)))
     with pytest.raises(OptionError, match="no path 'GQQ'"):
         quick(path="GQQ").run(ferromagnet(atoms), toy)
     with pytest.raises(OptionError, match="radius"):
