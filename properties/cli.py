@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
+import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
@@ -89,6 +90,8 @@ def _main(given: list[str]) -> int:
     if given[0] == "list":
         _list()
         return 0
+    if given[0] == "export":
+        return _export(given[1:])
     if given[0].startswith("-"):
         raise OptionError(f"name a property first, not {given[0]}{did_you_mean('', [*plugins(), 'list'])}")
     return _property(load_property(given[0]), given[1:])
@@ -97,6 +100,7 @@ def _main(given: list[str]) -> int:
 def _help() -> None:
     print("usage: mmace-props NAME STRUCTURE [options]   compute a property (NAME -h shows its options)")
     print("       mmace-props list                       show the properties installed")
+    print("       mmace-props export DATASET --to PROGRAM write an exchange dataset for another program")
     print(f"properties: {', '.join(sorted(plugins()))}")
 
 
@@ -109,6 +113,25 @@ def _list() -> None:
         except PropertyError as error:
             title = str(error)
         print(f"{name:{width}}  {title} ({entry.dist.name if entry.dist is not None else entry.value})")
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from .export import PROGRAMS, export
+
+    parser = Parser(prog="mmace-props export", description="Write an exchange dataset for another program.")
+    parser.add_argument("dataset", help="netCDF file of mmace-props exchange")
+    parser.add_argument("--to", required=True, metavar="PROGRAM", help=", ".join(PROGRAMS))
+    parser.add_argument("-o", "--output", default=".", help="directory to write to (default: here)")
+    parser.add_argument("--drop", action="store_true", help="leave out terms that the program does not hold")
+    args = parser.parse_all(arguments)
+    try:
+        with xr.open_dataset(args.dataset) as found:
+            dataset = found.load()
+    except (OSError, ValueError) as error:
+        raise OptionError(f"'{args.dataset}' cannot be read as a dataset; give a file of mmace-props") from error
+    for path in export(dataset, args.to, args.output, args.drop):
+        print(f"wrote {path}")
+    return 0
 
 
 def _parser(kind: type[Property]) -> Parser:

@@ -420,6 +420,7 @@ class Exchange(Property):
                 "site", offset * milli, "meV", "isotropic part of the own block that no bilinear model explains"
             ),
             "moments": variable("site", along[sites], "µB", "moment along the axis of the reference"),
+            "axis": variable("xyz", axis.astype(float), "1", "axis of the reference, Cartesian"),
             "shell_J": variable(
                 "shell", np.array([s.mean for s in shells]) * milli, "meV", "mean isotropic exchange of the shell"
             ),

@@ -1,0 +1,291 @@
+"""Exchange datasets as input files of other programs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from .base import write_whole
+from .conventions import CONVENTIONS, MMACE
+from .errors import ConventionError, OptionError, OutputError, did_you_mean
+
+Array = NDArray[np.float64]
+
+NEGLIGIBLE = 1e-6
+"""Parameters below this, in meV, are zero."""
+
+
+@dataclass(frozen=True)
+class SpinTable:
+    """A spin Hamiltonian in the project's own convention.
+
+    Parameters
+    ----------
+    cell : lattice vectors, Å, shape (3, 3).
+    elements : of the magnetic sites, n of them.
+    scaled : their fractional positions, shape (n, 3).
+    moments : µB, shape (n, 3).
+    first, second : sites of each pair, both ij and ji, shape (P,).
+    shift : cell of the second, shape (P, 3).
+    tensor : J_ij in meV, shape (P, 3, 3).
+    onsite : A_i in meV, traceless, shape (n, 3, 3).
+    """
+
+    cell: Array
+    elements: list[str]
+    scaled: Array
+    moments: Array
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    shift: NDArray[np.int64]
+    tensor: Array
+    onsite: Array
+
+    @property
+    def isotropic(self) -> Array:
+        """A third of the trace, meV, shape (P,)."""
+        return np.asarray(np.trace(self.tensor, axis1=1, axis2=2) / 3)
+
+    @property
+    def dmi(self) -> Array:
+        """Vectors of -Σ D·(e_i×e_j), meV, shape (P, 3)."""
+        t = self.tensor
+        return 0.5 * np.stack([t[:, 1, 2] - t[:, 2, 1], t[:, 2, 0] - t[:, 0, 2], t[:, 0, 1] - t[:, 1, 0]], axis=1)
+
+    @property
+    def anisotropic(self) -> Array:
+        """Symmetric traceless parts, meV, shape (P, 3, 3)."""
+        symmetric = (self.tensor + self.tensor.transpose(0, 2, 1)) / 2
+        return np.asarray(symmetric - self.isotropic[:, None, None] * np.eye(3))
+
+    def uniaxial(self, program: str, drop: bool) -> tuple[Array, Array]:
+        """Return K in meV and n of -Σ K (n·e)² for every site, shapes (n,) and (n, 3).
+
+        Raises
+        ------
+        ConventionError : a site's tensor is not of that form, and it is not to be dropped.
+        """
+        sizes, axes = np.zeros(len(self.onsite)), np.tile([0.0, 0.0, 1.0], (len(self.onsite), 1))
+        for site, tensor in enumerate(self.onsite):
+            values, vectors = np.linalg.eigh(tensor)
+            if np.abs(values).max() <= NEGLIGIBLE:
+                continue
+            unique = 2 if values[1] - values[0] < values[2] - values[1] else 0
+            others = np.delete(values, unique)
+            if abs(others[1] - others[0]) > max(NEGLIGIBLE, 1e-6 * np.abs(values).max()):
+                if not drop:
+                    raise ConventionError(
+                        f"the single-ion tensor of site {site} has three different values, which {program} does not "
+                        "hold; leave it out with --drop"
+                    )
+                continue
+            sizes[site], axes[site] = values[unique] - others.mean(), vectors[:, unique]
+        return sizes, axes
+
+    def refuse_anisotropic(self, program: str, drop: bool) -> None:
+        """Refuse symmetric anisotropic exchange where a program does not hold it."""
+        largest = float(np.abs(self.anisotropic).max(initial=0.0))
+        if largest > NEGLIGIBLE and not drop:
+            raise ConventionError(
+                f"symmetric anisotropic exchange of up to {largest:.3g} meV has no place in the files for {program}; "
+                "leave it out with --drop"
+            )
+
+
+def spin_table(dataset: xr.Dataset) -> SpinTable:
+    """Read the spin Hamiltonian of an exchange dataset.
+
+    Raises
+    ------
+    OptionError : the dataset is not one of exchange.
+    """
+    if dataset.attrs.get("property") != "exchange":
+        raise OptionError("only datasets of 'exchange' can be exported; compute one with mmace-props exchange")
+    sites = dataset["site"].values.tolist()
+    number = {int(s): k for k, s in enumerate(sites)}
+    return SpinTable(
+        cell=np.array(json.loads(dataset.attrs["primitive_cell"])),
+        elements=[str(e) for e in dataset["element"].values],
+        scaled=np.asarray(dataset["scaled"].values, dtype=float),
+        moments=dataset["moments"].values[:, None] * dataset["axis"].values,
+        first=np.array([number[int(x)] for x in dataset["i"].values], dtype=np.int64),
+        second=np.array([number[int(x)] for x in dataset["j"].values], dtype=np.int64),
+        shift=np.asarray(dataset["shift"].values, dtype=np.int64),
+        tensor=np.asarray(dataset["tensor"].values, dtype=float),
+        onsite=np.asarray(dataset["single_ion"].values, dtype=float),
+    )
+
+
+def vampire(table: SpinTable, drop: bool) -> dict[str, str]:
+    """Return ``vampire.UCF`` (full tensors) and ``vampire.mat``, joule."""
+    target = CONVENTIONS["vampire"]
+    lengths = np.linalg.norm(table.cell, axis=1)
+    tensors = MMACE.convert(table.tensor, target)
+    sizes, axes = table.uniaxial("Vampire", drop)
+    constants = MMACE.convert(sizes, target, "onsite")
+    lines = ["# Unit cell size (Angstrom):", _row(lengths), "# Unit cell lattice vectors:"]
+    lines += [_row(v) for v in table.cell / lengths[:, None]]
+    lines += ["# Atoms", f"{len(table.elements)} {len(table.elements)}"]
+    lines += [f"{k} {_row(p)} {k} {k} {k}" for k, p in enumerate(table.scaled % 1.0)]
+    whole = np.rint(np.floor(table.scaled)).astype(int)
+    lines += ["# Interactions", f"{len(table.first)} tensorial"]
+    for k, (i, j) in enumerate(zip(table.first, table.second, strict=True)):
+        shift = table.shift[k] + whole[j] - whole[i]
+        lines.append(f"{k} {i} {j} {shift[0]} {shift[1]} {shift[2]} {_row(tensors[k].ravel())}")
+    materials = [f"material:num-materials={len(table.elements)}"]
+    for k, element in enumerate(table.elements):
+        length = float(np.linalg.norm(table.moments[k]))
+        prefix = f"material[{k + 1}]:"
+        spin = ", ".join(f"{x:.10f}" for x in table.moments[k] / length)
+        axis = ", ".join(f"{x:.10f}" for x in axes[k])
+        materials += [
+            f"{prefix}material-name={element}{k + 1}",
+            f"{prefix}material-element={element}",
+            f"{prefix}damping-constant=1.0",
+            f"{prefix}atomic-spin-moment={length:.8f} !muB",
+            f"{prefix}uniaxial-anisotropy-constant={constants[k]:.10e}",
+            f"{prefix}uniaxial-anisotropy-direction={axis}",
+            f"{prefix}initial-spin-direction={spin}",
+            f"{prefix}unit-cell-category={k + 1}",
+        ]
+    return {"vampire.UCF": _text(lines), "vampire.mat": _text(materials)}
+
+
+def uppasd(table: SpinTable, drop: bool) -> dict[str, str]:
+    """Return ``posfile``, ``momfile``, ``jfile``, ``dmfile``, the head of ``inpsd.dat``; mRy, lattice coordinates."""
+    target = CONVENTIONS["uppasd"]
+    table.refuse_anisotropic("UppASD", drop)
+    if np.abs(table.onsite).max(initial=0.0) > NEGLIGIBLE and not drop:
+        MMACE.convert(table.onsite, target, "onsite")
+    exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
+    between = table.shift + table.scaled[table.second] - table.scaled[table.first]
+    pairs = [f"{i + 1} {j + 1} {_row(r)}" for i, j, r in zip(table.first, table.second, between, strict=True)]
+    files = {
+        "posfile": [f"{k + 1} {k + 1} {_row(p)}" for k, p in enumerate(table.scaled)],
+        "momfile": [
+            f"{k + 1} 1 {np.linalg.norm(m):.10f} {_row(m / np.linalg.norm(m))}" for k, m in enumerate(table.moments)
+        ],
+        "jfile": [f"{pair} {value:.12e}" for pair, value in zip(pairs, exchange, strict=True)],
+    }
+    chiral = bool(np.abs(table.dmi).max(initial=0.0) > NEGLIGIBLE)
+    if chiral:
+        files["dmfile"] = [f"{pair} {_row(value)}" for pair, value in zip(pairs, dmi, strict=True)]
+    head = ["simid mmace", "ncell 12 12 12", "BC P P P", "cell " + _row(table.cell[0])]
+    head += ["     " + _row(v) for v in table.cell[1:]]
+    head += ["alat 1.0e-10", "Sym 0", "posfiletype D", "maptype 2"]
+    head += ["posfile ./posfile", "momfile ./momfile", "exchange ./jfile"]
+    head += ["dm ./dmfile"] if chiral else []
+    files["inpsd.dat"] = [*head, "Initmag 3"]
+    return {name: _text(lines) for name, lines in files.items()}
+
+
+def spirit(table: SpinTable, drop: bool) -> dict[str, str]:
+    """Return ``spirit.cfg`` with every pair in one direction; meV."""
+    target = CONVENTIONS["spirit"]
+    table.refuse_anisotropic("Spirit", drop)
+    exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
+    sizes, axes = table.uniaxial("Spirit", drop)
+    pairs = ["i j da db dc Jij Dij Dijx Dijy Dijz"]
+    for k, (i, j) in enumerate(zip(table.first, table.second, strict=True)):
+        direction = (*table.shift[k].tolist(), int(j - i))
+        if direction < (0, 0, 0, 0):
+            continue
+        strength = float(np.linalg.norm(dmi[k]))
+        unit = dmi[k] / strength if strength > 0 else np.zeros(3)
+        a, b, c = table.shift[k]
+        pairs.append(f"{i} {j} {a} {b} {c} {exchange[k]:.12e} {strength:.12e} {_row(unit)}")
+    anisotropy = ["i K Kx Ky Kz"] + [
+        f"{k} {s:.12e} {_row(a)}" for k, (s, a) in enumerate(zip(sizes, axes, strict=True))
+    ]
+    lengths = " ".join(f"{x:.10f}" for x in np.linalg.norm(table.moments, axis=1))
+    lines = ["lattice_constant 1.0", "bravais_vectors", *(_row(v) for v in table.cell)]
+    lines += ["basis", str(len(table.elements)), *(_row(p) for p in table.scaled)]
+    lines += ["n_basis_cells 8 8 8", "boundary_conditions 1 1 1", "hamiltonian heisenberg_pairs"]
+    lines += [f"mu_s {lengths}", "external_field_magnitude 0", "external_field_normal 0 0 1"]
+    lines += ["ddi_method none", f"n_anisotropy {len(sizes)}", *anisotropy]
+    lines += [f"n_interaction_pairs {len(pairs) - 1}", *pairs]
+    return {"spirit.cfg": _text(lines)}
+
+
+def tb2j(table: SpinTable, drop: bool) -> dict[str, str]:
+    """Return ``exchange.out`` as TB2J writes it and magnopy reads it, meV; single-ion terms are no part of it."""
+    if np.abs(table.onsite).max(initial=0.0) > NEGLIGIBLE and not drop:
+        raise ConventionError("exchange.out of TB2J holds no single-ion tensor; leave it out with --drop")
+    target = CONVENTIONS["tb2j"]
+    exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
+    anisotropic = MMACE.convert(table.anisotropic, target)
+    counts: dict[str, int] = {}
+    names = []
+    for element in table.elements:
+        counts[element] = counts.get(element, 0) + 1
+        names.append(f"{element}{counts[element]}")
+    positions = table.scaled @ table.cell
+    lines = ["=" * 90, "Information:", "E = -sum_{i!=j} e_i.J_ij.e_j, unit vectors, both ij and ji, meV", "=" * 90]
+    lines += ["Cell (Angstrom):", *(_row(v) for v in table.cell), "", "=" * 90, "Atoms:", "(magnetic atoms)"]
+    lines.append("Atom_number x y z w_charge M(x) M(y) M(z)")
+    lines += [f"{n} {_row(p)} 0.0 {_row(m)}" for n, p, m in zip(names, positions, table.moments, strict=True)]
+    lines += [f"Total 0.0 {_row(table.moments.sum(axis=0))}", "", "=" * 90, "Exchange:"]
+    lines.append("    i      j          R        J_iso(meV)          vector          distance(A)")
+    for k, (i, j) in enumerate(zip(table.first, table.second, strict=True)):
+        vector = (table.shift[k] + table.scaled[j] - table.scaled[i]) @ table.cell
+        a, b, c = table.shift[k]
+        where = f"({vector[0]:.8f}, {vector[1]:.8f}, {vector[2]:.8f}) {np.linalg.norm(vector):.8f}"
+        lines += ["-" * 88, f"{names[i]} {names[j]} ({a}, {b}, {c}) {exchange[k]:.10f} {where}"]
+        lines += [f"J_iso: {exchange[k]:.10f}", "DMI: ({:.10f} {:.10f} {:.10f})".format(*dmi[k]), "J_ani:"]
+        rows = ["[" + " ".join(f"{x:.10f}" for x in row) + "]" for row in anisotropic[k]]
+        lines += [f"[{rows[0]}", f" {rows[1]}", f" {rows[2]}]"]
+    return {"exchange.out": _text(lines)}
+
+
+PROGRAMS: dict[str, Callable[[SpinTable, bool], dict[str, str]]] = {
+    "tb2j": tb2j,
+    "magnopy": tb2j,
+    "vampire": vampire,
+    "uppasd": uppasd,
+    "spirit": spirit,
+}
+
+
+def export(dataset: xr.Dataset, program: str, directory: str | Path, drop: bool = False) -> list[Path]:
+    """Write the files of one program.
+
+    Parameters
+    ----------
+    dataset : an exchange dataset.
+    program : a key of `PROGRAMS`.
+    directory : where to write; it must exist.
+    drop : leave out terms that the program does not hold, instead of refusing.
+
+    Returns
+    -------
+    The files written.
+
+    Raises
+    ------
+    OptionError : no such program, or no exchange dataset.
+    ConventionError : a term that the program does not hold.
+    OutputError : the place cannot be written.
+    """
+    if program not in PROGRAMS:
+        raise OptionError(f"there is no export to '{program}'{did_you_mean(program, PROGRAMS)}")
+    files = PROGRAMS[program](spin_table(dataset), drop)
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise OutputError(f"the directory '{directory}' of the output does not exist; make it first")
+    written = []
+    for name, text in files.items():
+        write_whole(folder / name, lambda place, text=text: Path(place).write_text(text))  # type: ignore[misc]
+        written.append(folder / name)
+    return written
+
+
+def _row(values: Array) -> str:
+    return " ".join(f"{float(x):.12g}" for x in values)
+
+
+def _text(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,231 @@
+"""Exchange as files of other programs: energies of random states from what is written, and programs that read it."""
+
+import os
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase import Atoms
+from mmace_props.base import write_dataset
+from mmace_props.cli import main
+from mmace_props.errors import ConventionError, OptionError, OutputError
+from mmace_props.exchange import Exchange, Pairs, SpinModel, Supercell
+from mmace_props.export import export, spin_table
+from mmace_props.protocol import with_moments
+
+from .test_exchange import chiral
+from .toys import DMI, CapableToy, Heisenberg, PseudoDipolar, Uniaxial
+
+JOULE = 6.241509074e18
+RYDBERG = 13.605693122990
+SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Isotropic and Dzyaloshinskii-Moriya exchange of a cell without symmetry, with a third, non-magnetic atom."""
+    two = chiral()
+    atoms = Atoms("AlFeCr", cell=two.cell, pbc=True, scaled_positions=[[0.5, 0.02, 0.7], *two.get_scaled_positions()])
+    toy = CapableToy(Heisenberg(2e-3, 3.0), DMI(4e-4, 3.0))
+    return Exchange(states=0, points=5, mesh=4).run(with_moments(atoms, [0.0, 2.1, 1.4]), toy)
+
+
+@pytest.fixture(scope="module")
+def full():
+    """All terms at once: symmetric anisotropic exchange and a uniaxial site on a tetragonal cell."""
+    atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8, 2.8, 3.1], pbc=True)
+    toy = CapableToy(Heisenberg(2e-3, 3.2), PseudoDipolar(2e-4, 3.2), Uniaxial(3e-4, numbers=(26,)))
+    return Exchange(states=0, points=5, mesh=4).run(with_moments(atoms, [2.0, 0.0]), toy)
+
+
+def random_spins(sites, seed=0):
+    spins = np.random.default_rng(seed).normal(size=(SIZE**3 * sites, 3))
+    return spins / np.linalg.norm(spins, axis=1)[:, None]
+
+
+def expected_energy(dataset, spins):
+    """Energy in meV of spins, ordered by cell (a slowest) and site, in the project's own convention."""
+    t = spin_table(dataset)
+    cell = Atoms("H" * len(t.elements), scaled_positions=t.scaled, cell=t.cell, pbc=True)
+    pairs = Pairs(t.first, t.second, t.shift, np.zeros((len(t.first), 3)))
+    sites = np.arange(len(t.elements))
+    return SpinModel(cell, sites, pairs, t.tensor, t.onsite).energy(spins[None], Supercell(cell, sites, (SIZE,) * 3))[0]
+
+
+def partners(spins, sites, i, j, shift):
+    """Spins of site i of every cell, and of site j of the cells shifted."""
+    lattice = spins.reshape(SIZE, SIZE, SIZE, sites, 3)
+    rolled = np.roll(lattice[..., j, :], tuple(-int(x) for x in shift), axis=(0, 1, 2))
+    return lattice[..., i, :].reshape(-1, 3), rolled.reshape(-1, 3)
+
+
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_vampire(name, request, tmp_path):
+    """Tensors in joule, ij and ji, each pair's energy once over both: -½ Σ S·J·S, uniaxial -k (S·e)²."""
+    dataset = request.getfixturevalue(name)
+    export(dataset, "vampire", tmp_path)
+    lines = [x for x in (tmp_path / "vampire.UCF").read_text().splitlines() if not x.startswith("#")]
+    lengths = np.array(lines[0].split(), float)
+    cell = np.array([x.split() for x in lines[1:4]], float) * lengths[:, None]
+    np.testing.assert_allclose(cell, spin_table(dataset).cell, rtol=1e-10, atol=1e-10)
+    sites = int(lines[4].split()[0])
+    spins, energy = random_spins(sites), 0.0
+    count, kind = lines[5 + sites].split()
+    assert kind == "tensorial"
+    rows = lines[6 + sites :]
+    assert len(rows) == int(count)
+    for row in rows:
+        _, i, j, *rest = row.split()
+        here, there = partners(spins, sites, int(i), int(j), rest[:3])
+        energy -= 0.5 * np.einsum("sx,xy,sy->", here, np.array(rest[3:], float).reshape(3, 3), there)
+    material = dict(x.split("=", 1) for x in (tmp_path / "vampire.mat").read_text().splitlines())
+    for site in range(sites):
+        axis = np.array(material[f"material[{site + 1}]:uniaxial-anisotropy-direction"].split(","), float)
+        constant = float(material[f"material[{site + 1}]:uniaxial-anisotropy-constant"])
+        energy -= constant * ((spins.reshape(-1, sites, 3)[:, site] @ axis) ** 2).sum()
+    # a traceless tensor and K (n·e)² differ by a constant
+    shift = sum(np.linalg.eigvalsh(a).max() / 2 for a in spin_table(dataset).onsite) * SIZE**3
+    assert energy * JOULE * 1e3 == pytest.approx(expected_energy(dataset, spins) - shift, rel=1e-8)
+    moment = float(material["material[1]:atomic-spin-moment"].split()[0])
+    assert moment == pytest.approx(abs(float(dataset["moments"][0])))
+
+
+def test_uppasd(plain, tmp_path):
+    """Energy of its code: -Σ_{i≠j} J S·S in mRy, and +Σ D·(S×S); bonds in lattice coordinates."""
+    export(plain, "uppasd", tmp_path)
+    table = spin_table(plain)
+    sites = len(table.elements)
+    positions = np.loadtxt(tmp_path / "posfile")[:, 2:]
+    spins, energy = random_spins(sites), 0.0
+    for name, columns in (("jfile", 1), ("dmfile", 3)):
+        for row in np.loadtxt(tmp_path / name):
+            i, j, bond = int(row[0]) - 1, int(row[1]) - 1, row[2:5]
+            shift = bond - positions[j] + positions[i]
+            np.testing.assert_allclose(shift, np.rint(shift), atol=1e-9)
+            here, there = partners(spins, sites, i, j, np.rint(shift))
+            if columns == 1:
+                energy -= row[5] * (here * there).sum()
+            else:
+                energy += (np.cross(here, there) @ row[5:8]).sum()
+    assert energy * RYDBERG == pytest.approx(expected_energy(plain, spins), rel=1e-8)
+    moments = np.loadtxt(tmp_path / "momfile")
+    np.testing.assert_allclose(moments[:, 2], np.linalg.norm(table.moments, axis=1))
+    head = (tmp_path / "inpsd.dat").read_text()
+    for keyword in ("maptype 2", "posfiletype D", "Sym 0", "dm ./dmfile"):
+        assert keyword in head
+
+
+def spirit_tables(text):
+    """Return the pairs and the anisotropy of a configuration."""
+    lines = text.splitlines()
+    found = {}
+    for key in ("n_interaction_pairs", "n_anisotropy"):
+        start = next(k for k, x in enumerate(lines) if x.startswith(key + " "))
+        count = int(lines[start].split()[1])
+        found[key] = np.array([x.split() for x in lines[start + 2 : start + 2 + count]], float)
+    return found["n_interaction_pairs"], found["n_anisotropy"]
+
+
+def test_spirit(plain, tmp_path):
+    """Every pair once: -Σ J S·S - Σ D·(S×S) in meV."""
+    export(plain, "spirit", tmp_path)
+    pairs, _ = spirit_tables((tmp_path / "spirit.cfg").read_text())
+    sites = len(spin_table(plain).elements)
+    assert 2 * len(pairs) == plain.sizes["pair"]
+    spins, energy = random_spins(sites), 0.0
+    for row in pairs:
+        here, there = partners(spins, sites, int(row[0]), int(row[1]), row[2:5])
+        energy -= row[5] * (here * there).sum() + row[6] * (np.cross(here, there) @ row[7:10]).sum()
+    assert energy == pytest.approx(expected_energy(plain, spins), rel=1e-8)
+
+
+def test_spirit_itself_gives_the_energy(plain, full, tmp_path, monkeypatch):
+    """The program reads the file and computes the same energy, single-ion terms included."""
+    state = pytest.importorskip("spirit.state")
+    from spirit import system
+
+    monkeypatch.chdir(tmp_path)
+    for dataset in (plain, full):
+        export(dataset, "spirit", tmp_path, drop=True)
+        table = spin_table(dataset)
+        sites = len(table.elements)
+        config = (
+            (tmp_path / "spirit.cfg").read_text().replace("n_basis_cells 8 8 8", f"n_basis_cells {SIZE} {SIZE} {SIZE}")
+        )
+        (tmp_path / "spirit.cfg").write_text(config)
+        spins = random_spins(sites)
+        with state.State("spirit.cfg", quiet=True) as handle:
+            order = spins.reshape(SIZE, SIZE, SIZE, sites, 3).transpose(2, 1, 0, 3, 4).reshape(-1, 3)
+            system.get_spin_directions(handle)[:] = order
+            system.update_data(handle)
+            energy = system.get_energy(handle)
+        kept = dataset.copy()
+        kept["tensor"] = dataset["tensor"] - xr.DataArray(table.anisotropic, dims=dataset["tensor"].dims)
+        shift = sum(np.linalg.eigvalsh(a).max() / 2 for a in table.onsite) * SIZE**3
+        assert energy == pytest.approx(expected_energy(kept, spins) - shift, rel=1e-6)
+
+
+def test_tb2j(plain, tmp_path):
+    """J, D and the anisotropic part of exchange.out add up to the tensor, for every pair."""
+    export(plain, "tb2j", tmp_path)
+    table = spin_table(plain)
+    blocks = (tmp_path / "exchange.out").read_text().split("-" * 88)[1:]
+    assert len(blocks) == len(table.first)
+    for k, block in enumerate(blocks):
+        lines = block.strip().splitlines()
+        isotropic = float(lines[1].split()[-1])
+        d = np.array(lines[2].split("(")[1].strip(")").split(), float)
+        rows = np.array([x.strip("[] ").split() for x in lines[4:7]], float)
+        chiral_part = np.array([[0, d[2], -d[1]], [-d[2], 0, d[0]], [d[1], -d[0], 0]])
+        np.testing.assert_allclose(isotropic * np.eye(3) + chiral_part + rows, table.tensor[k], atol=1e-8)
+
+
+def test_magnopy_reads_it(plain, tmp_path):
+    """magnopy takes exchange.out and gives the energy of two random spins of the cell."""
+    magnopy = pytest.importorskip("magnopy")
+    export(plain, "magnopy", tmp_path)
+    hamiltonian = magnopy.io.load_tb2j(tmp_path / "exchange.out")
+    spins = random_spins(2)[:2]
+    everywhere = np.tile(spins, (SIZE**3, 1))
+    energy = magnopy.Energy(hamiltonian).E_0(spins)
+    assert energy == pytest.approx(expected_energy(plain, everywhere) / SIZE**3, rel=1e-7)
+
+
+def test_what_a_program_does_not_hold_is_refused(full, plain, tmp_path):
+    """Nothing is left out silently, nothing is half-written."""
+    for program, word in (
+        ("uppasd", "symmetric anisotropic"),
+        ("spirit", "symmetric anisotropic"),
+        ("tb2j", "single-ion"),
+    ):
+        with pytest.raises(ConventionError, match=word):
+            export(full, program, tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert export(full, "uppasd", tmp_path, drop=True)
+    with pytest.raises(OptionError, match="did you mean 'vampire'"):
+        export(plain, "vampir", tmp_path)
+    with pytest.raises(OutputError, match="does not exist"):
+        export(plain, "vampire", tmp_path / "no")
+    with pytest.raises(OptionError, match="only datasets of 'exchange'"):
+        export(xr.Dataset(), "vampire", tmp_path)
+
+
+def test_command_line(plain, tmp_path, monkeypatch, capsys):
+    """mmace-props export, and its bad input."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(plain, "x.nc")
+    (tmp_path / "out").mkdir()
+    assert main(["export", "x.nc", "--to", "vampire", "-o", "out"]) == 0
+    assert sorted(os.listdir("out")) == ["vampire.UCF", "vampire.mat"]
+    (tmp_path / "bad.nc").write_text("nonsense")
+    for arguments, word in (
+        (["bad.nc", "--to", "vampire"], "cannot be read as a dataset"),
+        (["missing.nc", "--to", "vampire"], "cannot be read as a dataset"),
+        (["x.nc", "--to", "vampir"], "did you mean 'vampire'"),
+        (["x.nc"], "--to"),
+    ):
+        capsys.readouterr()
+        assert main(["export", *arguments]) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1
+        assert word in errors[0]
