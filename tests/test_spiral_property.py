@@ -155,6 +155,19 @@ def test_antiferromagnet_keeps_its_signs():
     assert float(dataset["energy"][0]) == pytest.approx(-2e3 * M**2 * near, rel=1e-9)
 
 
+def test_the_choice_of_the_cell_does_not_matter():
+    """The same crystal with an atom described in the next cell has the same spirals."""
+    cell = [[2.6, 0.1, 0.0], [0.3, 2.9, -0.2], [0.2, 0.4, 3.3]]
+    q = (0.13, -0.21, 0.37, 0.4, 0.1, 0.0)
+    found = []
+    for shift in ([0, 0, 0], [1, 0, 0], [0, -1, 2]):
+        scaled = np.array([[0.02, 0.0, 0.01], [0.48, 0.55, 0.35]]) + np.array([[0, 0, 0], shift])
+        atoms = with_moments(Atoms("FeCr", cell=cell, scaled_positions=scaled, pbc=True), [2.1, 1.4])
+        found.append(SpinSpiral(q=q, mesh=0).run(atoms, heisenberg())["energy"].values)
+    assert np.abs(found[0]).min() > 1.0
+    np.testing.assert_allclose(found[1:], [found[0], found[0]], rtol=1e-9)
+
+
 def test_primitive_cell_keeps_moments_and_orientation():
     """A rotated supercell of a ferromagnet reduces to one atom, of an antiferromagnet to two."""
     large = bulk("Fe", cubic=True, a=2.8) * (2, 1, 1)
