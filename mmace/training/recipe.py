@@ -97,8 +97,8 @@ class Recipe:
 
     model: Mapping[str, Any] = field(default_factory=dict)
     tolerances: Tolerances = field(default_factory=Tolerances)
-    epochs: int = 400
-    batch_size: int = 8
+    epochs: int = 200
+    batch_size: int = 6
     groups_per_step: int = 6
     learning_rate: float = 0.01
     final_learning_rate: float = 1e-4
@@ -106,10 +106,10 @@ class Recipe:
     weight_decay: float = 3e-3
     spin_orbit_decay: float = 0.1
     clip: float = 100.0
-    ema: float = 0.995
+    ema: float = 0.99
     validate_every: int = 5
     restrain_every: int = 2
-    patience: int = 400
+    patience: int = 200
     dtype: str = "float64"
 
     def __post_init__(self) -> None:
