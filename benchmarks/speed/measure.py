@@ -1,0 +1,144 @@
+"""Ratios of time between the suite's way and the plain way to the same numbers, each measured within one run.
+
+`python benchmarks/speed/measure.py [-o docs/speed.md] [--model M]`; every case runs in a process of its own, so that
+the peak memory is its own too. Numbers of both ways are compared before their times are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from scipy.integrate import lebedev_rule
+from scipy.spatial.transform import Rotation
+
+from mmace.calculator import MMACECalculator
+
+Case = tuple[Callable[[], np.ndarray], Callable[[], np.ndarray], float]
+
+
+def strained_feal() -> Atoms:
+    """B2 FeAl, a = 2.83 Å, c/a = 1.08, ferromagnetic."""
+    atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.83, 2.83, 1.08 * 2.83], pbc=True)
+    atoms.set_initial_magnetic_moments([[0, 0, 0.8], [0, 0, 0]])
+    return atoms
+
+
+def anisotropy_map(model: str) -> Case:
+    """E(n) on 194 directions: one batch of spins, or an ASE energy for each."""
+    calculator = MMACECalculator(model)
+    atoms = strained_feal()
+    directions = lebedev_rule(23)[0].T
+    moments = np.zeros((len(directions), 2, 3))
+    moments[:, 0] = 0.8 * directions
+
+    def batch() -> np.ndarray:
+        return calculator.evaluate_spins(atoms, moments, magnetic_forces=False)["energy"]
+
+    def loop() -> np.ndarray:
+        energies = []
+        for m in moments:
+            image = atoms.copy()
+            image.set_initial_magnetic_moments(m)
+            image.calc = calculator
+            energies.append(image.get_potential_energy())
+        return np.array(energies)
+
+    return batch, loop, 1.0
+
+
+def spirals(model: str) -> Case:
+    """E(q) at 100 wave vectors of bcc Fe: the primitive cell, or 20-fold supercells (5 of them, times 20)."""
+    calculator = MMACECalculator(model, soc=False)
+    atoms = bulk("Fe", a=2.83)
+    atoms.set_initial_magnetic_moments(None)
+    atoms.set_initial_magnetic_moments([[2.2, 0, 0]])
+    waves = np.outer(np.arange(100) / 20 % 1, [1.0, 0, 0])
+    sample = 5
+
+    def primitive() -> np.ndarray:
+        return calculator.evaluate_spirals(atoms, waves, magnetic_forces=False)["energy"]
+
+    def supercells() -> np.ndarray:
+        energies = []
+        for q in waves[:sample]:
+            cell = atoms.repeat((20, 1, 1))
+            turns = Rotation.from_rotvec(2 * np.pi * q[0] * np.outer(np.arange(20), [0, 0, 1]))
+            cell.set_initial_magnetic_moments(turns.apply([2.2, 0, 0]))
+            cell.calc = calculator
+            energies.append(cell.get_potential_energy() / 20)
+        return np.array(energies)
+
+    return primitive, supercells, len(waves) / sample
+
+
+CASES: dict[str, Callable[[str], Case]] = {"anisotropy_map": anisotropy_map, "spirals": spirals}
+
+
+def run_case(name: str, model: str, way: int) -> dict[str, object]:
+    """Time one way of one case, after one unmeasured call, in this process."""
+    case = CASES[name](model)
+    case[way]()
+    start = time.perf_counter()
+    values = case[way]()
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds * (case[2] if way == 1 else 1.0), "memory_MiB": memory, "values": values.tolist()}
+
+
+def main() -> None:
+    """Measure every case and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", default="docs/speed.md")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--way", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(run_case(options.case, options.model, options.way)))
+        return
+    rows = []
+    for name, case in CASES.items():
+        command = [sys.executable, __file__, "--model", options.model, "--case", name, "--way"]
+        fast, plain = (json.loads(subprocess.check_output([*command, str(way)], text=True)) for way in (0, 1))
+        shared = len(plain["values"])
+        np.testing.assert_allclose(fast["values"][:shared], plain["values"], atol=1e-9)
+        ratio = plain["seconds"] / fast["seconds"]
+        summary = (case.__doc__ or "").rstrip(".")
+        rows.append(
+            f"| {summary} | {fast['seconds']:.3f} s, {fast['memory_MiB']:.0f} MiB "
+            f"| {plain['seconds']:.2f} s, {plain['memory_MiB']:.0f} MiB | {ratio:.0f} |"
+        )
+        print(rows[-1])
+    text = "\n".join(
+        [
+            "# Speed",
+            "",
+            "Ratios within one run, second call of each way, with the peak memory of its process. Made by",
+            f"`python benchmarks/speed/measure.py` on {os.cpu_count()} logical cores ({platform.machine()}), model "
+            f"`{options.model}`, after both ways gave the same numbers to 1e-9 eV.",
+            "",
+            "| what | the suite's way | the plain way | ratio |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+    temporary = Path(f"{options.output}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, options.output)
+
+
+if __name__ == "__main__":
+    main()
