@@ -352,7 +352,7 @@ def _print_start(
     atoms = start.atoms
     group = magnetic_space_group(atoms, options["symprec"], options["mag_symprec"])
     model = calculator.provenance()
-    about = " ".join(str(model[k]) for k in ("name", "model", "model_name", "hash", "model_hash") if k in model)
+    about = " ".join(str(model[k])[:16] for k in ("name", "hash") if k in model)
     members = len(calculator.members)
     lengths = np.linalg.norm(moments_of(atoms), axis=1)
     console.print(f"structure  {formula(atoms)}, {len(atoms)} atoms, {group['space_group']}")
