@@ -43,7 +43,7 @@ def test_bravais_ferromagnets(lattice, neighbours, a):
     """J of each shell, Σ J, mean-field and RPA temperatures (Watson's integrals), and the stiffness."""
     atoms = bulk("Fe", lattice, a=a)
     distance = {"sc": a, "bcc": a * np.sqrt(3) / 2, "fcc": a / np.sqrt(2)}[lattice]
-    dataset = quick(mesh=24).run(ferromagnet(atoms), CapableToy(Heisenberg(J, distance + 0.1), soc=False))
+    dataset = quick(mesh=16).run(ferromagnet(atoms), CapableToy(Heisenberg(J, distance + 0.1), soc=False))
     exchange = J * M**2
     near = np.abs(dataset["distance"].values - distance) < 1e-3
     assert near.sum() == neighbours
