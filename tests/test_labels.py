@@ -37,7 +37,7 @@ SETTINGS = {
     "tolvrs": 1e-6, "nstep": 45, "magcon_lambda": 0.02, "ratsph": {"Fe": 2.2, "Al": 2.2}, "ratsm": 0.05,
 }  # fmt: skip
 COLLINEAR = Recipe("test-collinear", "abinit", ("Fe",), SETTINGS)
-NONCOLLINEAR = Recipe("test-noncollinear", "abinit", ("Fe",), {**SETTINGS, "noncollinear": True, "stress": False})
+NONCOLLINEAR = Recipe("test-noncollinear", "abinit", ("Fe",), {**SETTINGS, "noncollinear": True})
 SOC = Recipe("test-soc", "gpaw-soc", ("Fe",), {"directions": [[0, 0, 1], [2, 0, 0]], "kmesh": [2, 2, 2]})
 
 
@@ -211,17 +211,23 @@ def test_frames_keep_the_contract_through_a_file(tmp_path: Path) -> None:
     assert len(read_labels(tmp_path / "labels.extxyz")) == 1
 
 
-def test_noncollinear_frames_give_no_transverse_gradient() -> None:
+def test_noncollinear_frames_give_only_what_was_confirmed() -> None:
     plan = Plan("test", NONCOLLINEAR, (iron(),))
     result = parse_output(recorded("noncollinear"), 2)
     (frame,) = job_frames(plan, plan.jobs[0], result)
-    assert "stress" not in frame.calc.results
+    assert set(frame.calc.results) == {"energy"}
     gradients = np.array(result["magnetic_forces"])
     assert frame.arrays["magnetic_forces"][0, 2] == pytest.approx(gradients[0, 2])
     assert np.isnan(frame.arrays["magnetic_forces"][0, :2]).all()
     assert np.isnan(frame.arrays["magnetic_forces"][1, [0, 2]]).all()
     axis = np.array(result["moments"][1]) / np.linalg.norm(result["moments"][1])
     assert frame.arrays["magnetic_forces_parallel"][1] == pytest.approx(gradients[1] @ axis)
+
+
+def test_stress_is_left_out_where_the_cut_off_is_too_low() -> None:
+    plan = Plan("test", replace(COLLINEAR, settings={**SETTINGS, "stress": False}), (feal(),))
+    (frame,) = job_frames(plan, plan.jobs[0], good_result())
+    assert set(frame.calc.results) == {"energy", "forces"}
 
 
 def test_anisotropy_frames_turn_the_moments_and_share_a_group() -> None:

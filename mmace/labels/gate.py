@@ -110,7 +110,11 @@ def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
 
 
 def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
-    """Frames of one accepted result: one, or one for each direction of an anisotropy job."""
+    """Frames of one accepted result: one, or one for each direction of an anisotropy job.
+
+    Non-collinear frames carry no forces and no stress: ABINIT's are wrong there (docs/labels.md). The setting
+    `stress` leaves out a stress whose cut-off is too low.
+    """
     info = {"parent": job.parent, "code": result["code"], "recipe": plan.recipe.name}
     held = np.isin(job.symbols, plan.recipe.carriers)
     if plan.recipe.engine == "abinit":
@@ -121,11 +125,13 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
         if held.any():
             moments[held] = np.array(result["moments"])[held]
             gradients[held] = np.array(result["magnetic_forces"])[held]
+        results = {"energy": result["energy"]}
         if settings["noncollinear"]:
             _keep_parallel(atoms, moments, gradients)
-        results = {"energy": result["energy"], "forces": np.array(result["forces"])}
-        if settings.get("stress", True):
-            results["stress"] = np.array(result["stress"])
+        else:
+            results["forces"] = np.array(result["forces"])
+            if settings.get("stress", True):
+                results["stress"] = np.array(result["stress"])
         return [_frame(atoms, moments, gradients, results, info | {"name": job.name, "soc": 0})]
     frames = []
     directions = np.array(plan.settings(job)["directions"], dtype=float)
