@@ -97,7 +97,7 @@ class Recipe:
 
     model: Mapping[str, Any] = field(default_factory=dict)
     tolerances: Tolerances = field(default_factory=Tolerances)
-    epochs: int = 200
+    epochs: int = 250
     batch_size: int = 6
     groups_per_step: int = 6
     learning_rate: float = 0.01
