@@ -70,7 +70,7 @@ class MMACECalculator(Calculator):
     ModelFileError
         The model cannot be read.
     MMACEError
-        An unknown option, or a device that this machine does not have.
+        An unknown option, a device that this machine does not have, or spin-orbit coupling asked of a model without it.
     """
 
     implemented_properties: ClassVar[list[str]] = [
@@ -109,6 +109,8 @@ class MMACECalculator(Calculator):
         first = self.models[0].config
         if any((m.config.elements, m.config.cutoff) != (first.elements, first.cutoff) for m in self.models):
             raise MMACEError("the members of the committee differ in elements or cut-off: use models of one kind.")
+        if soc and not all(m.has_spin_orbit for m in self.models):
+            raise MMACEError("the model was trained without spin-orbit coupling: use soc=False, or another model.")
         self.models = [_placed(m, device, DTYPES[dtype]) for m in self.models]
         self.device, self.dtype = device, dtype
         self.soc, self.moments = bool(soc), moments

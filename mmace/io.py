@@ -36,7 +36,10 @@ def save_model(model: MagneticMACE, path: str | os.PathLike[str], metadata: Mapp
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata=header)
+        temporary.chmod(mode)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -190,6 +190,11 @@ class MagneticMACE(nn.Module):
         return self.config.elements
 
     @property
+    def has_spin_orbit(self) -> bool:
+        """Whether the spin-orbit switch λ changes anything."""
+        return self.config.magnetic and self.config.products and self.config.spin_orbit
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating type of the weights."""
         return self.embedding.dtype

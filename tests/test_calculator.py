@@ -252,6 +252,14 @@ def test_wrong_models(tmp_path: Path) -> None:
         MMACECalculator(MODEL).replace(dtype="float32")
 
 
+def test_spin_orbit_coupling_is_not_asked_of_a_model_without_it() -> None:
+    for switch in ("spin_orbit", "products", "magnetic"):
+        plain = random_model(**{switch: False})
+        with pytest.raises(MMACEError, match="trained without spin-orbit coupling: use soc=False"):
+            MMACECalculator(plain)
+        MMACECalculator(plain, soc=False).get_property("energy", pair())
+
+
 def test_replace_shares_weights_and_leaves_the_first_alone() -> None:
     first = MMACECalculator(MODEL)
     second = first.replace(soc=False, moments="magnitudes")

@@ -28,6 +28,12 @@ def test_round_trip(tmp_path: Path) -> None:
     assert load_model(tmp_path / "model.safetensors", dtype=torch.float32).dtype == torch.float32
 
 
+def test_others_may_read_a_model_as_any_new_file(tmp_path: Path) -> None:
+    save_model(random_model(), tmp_path / "model.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_writing_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model.safetensors"
     save_model(random_model(), target)

@@ -261,8 +261,8 @@ def table(results: Mapping[str, Any]) -> str:
         ("F meV/Å", "forces_rmse_meV_per_A", "{:.1f}"),
         ("stress GPa", "stress_rmse_GPa", "{:.2f}"),
         ("H meV/µB", "magnetic_forces_rmse_meV_per_muB", "{:.1f}"),
-        ("MAE µeV/at", "anisotropy_rmse_ueV_per_atom", "{:.2f}"),
-        ("MAE label", "anisotropy_label_rms_ueV_per_atom", "{:.2f}"),
+        ("E(n) µeV/at", "anisotropy_rmse_ueV_per_atom", "{:.2f}"),
+        ("size of E(n)", "anisotropy_label_rms_ueV_per_atom", "{:.2f}"),
     )
     rows = [("all labels", results)]
     rows += list(results.get("by_split", {}).items())
