@@ -11,6 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.neighborlist import neighbor_list
+from spglib import get_symmetry_dataset
 
 from ..errors import LabelError
 from .plan import Job, Plan
@@ -18,6 +19,7 @@ from .run import read_result
 
 MOMENT_TOLERANCE = 2e-3
 COLLAPSED_MOMENT = 0.1
+SPREAD_TOLERANCE = 5e-3
 DUPLICATE_TOLERANCE = 1e-5
 DUPLICATE_ENERGY = 1e-4
 _RANGE = 5.0
@@ -52,8 +54,9 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
     Returns
     -------
     str or None
-        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), `collapsed` (an
-        anisotropy job whose moments vanished), or None.
+        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), `asymmetry`
+        (equivalent atoms differ in their magnetic forces by more than 5 meV/µB: the SCF settled beside the symmetry),
+        `collapsed` (an anisotropy job whose moments vanished), or None.
     """
     if "failed" in result:
         return "failed"
@@ -67,7 +70,28 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
         reached = np.array(result["moments"])[held]
         if np.abs(reached - np.array(job.moments)[held]).max() > MOMENT_TOLERANCE:
             return "moment"
+        if gradient_spread(job, result, carriers) > SPREAD_TOLERANCE:
+            return "asymmetry"
     return None
+
+
+def gradient_spread(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> float:
+    """Largest difference of the magnetic forces of carriers that a symmetry of a collinear job maps on each other.
+
+    Returns
+    -------
+    float
+        eV/µB; zero for non-collinear jobs, whose symmetries are not looked for.
+    """
+    moments = np.array(job.moments)
+    if np.any(moments[:, :2]):
+        return 0.0
+    atoms = job.atoms()
+    kinds = [1000 * number + round(100 * moment) for number, moment in zip(atoms.numbers, moments[:, 2], strict=True)]
+    classes = get_symmetry_dataset((atoms.cell.array, atoms.get_scaled_positions(), kinds), 1e-4).equivalent_atoms
+    gradients = np.array(result["magnetic_forces"])[:, 2]
+    held = np.isin(job.symbols, carriers)
+    return float(max(np.ptp(gradients[(classes == k) & held]) for k in np.unique(classes[held])))
 
 
 def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
