@@ -81,9 +81,10 @@ def plot_anisotropy(dataset: xr.Dataset) -> Figure:
     angle = np.linspace(0, np.pi / 2, 91)
     corners = {"x'": [1, 0, 0], "y'": [0, 1, 0], "z'": [0, 0, 1]}
     if "harmonics" in dataset:
-        for (a, b), colour in zip((("z'", "x'"), ("z'", "y'"), ("x'", "y'")), COLOURS, strict=False):
+        circles = (("z'", "x'", "-"), ("z'", "y'", "--"), ("x'", "y'", "-"))
+        for (a, b, style), colour in zip(circles, COLOURS, strict=False):
             n = np.outer(np.cos(angle), corners[a]) + np.outer(np.sin(angle), corners[b])
-            lines.plot(np.rad2deg(angle), _expanded(dataset, n), color=colour, label=f"{a} → {b}")
+            lines.plot(np.rad2deg(angle), _expanded(dataset, n), style, color=colour, label=f"{a} → {b}")
         lines.set_xlabel("angle from the first axis (degree)")
     else:
         turns = dataset["turn"].values
@@ -114,8 +115,11 @@ def _constants(dataset: xr.Dataset) -> str:
     if "K" not in dataset:
         return f"E(hard) − E(easy) = {float(dataset['mae']):.3g} µeV/atom"
     parts = []
+    visible = 1e-3 * float(np.abs(dataset["K"]).max())
     for name in dataset["constant"].values:
         value = float(dataset["K"].sel(constant=name))
+        if abs(value) < visible:
+            continue
         spread = f" ± {float(dataset['K_std'].sel(constant=name)):.1g}" if "K_std" in dataset else ""
         parts.append(f"{name} = {value:.3g}{spread}")
     return ", ".join(parts) + "  µeV/atom"
