@@ -287,7 +287,7 @@ class ExchangeBasis(nn.Module):
         """A (B, N, K, LM) and V (B, N, K, LM, 3) from node features h (B, N, K)."""
         n_atoms = len(geometry.species)
         gated = h[..., None] * self.sender_gate(features.chebyshev, geometry.species)
-        scalar = _gather(geometry.scalar_filters[layer] * gated[:, geometry.sender], geometry.receiver, n_atoms)
+        scalar = gather(geometry.scalar_filters[layer] * gated[:, geometry.sender], geometry.receiver, n_atoms)
         if not self.products:
             return scalar, None
         gated = h[..., None] * self.vector_sender_gate(features.chebyshev, geometry.species)
@@ -298,7 +298,7 @@ class ExchangeBasis(nn.Module):
             * parts[:, geometry.sender, c][:, :, None, None, :]
             for c in range(filters.shape[2])
         )
-        return scalar, _gather(vector, geometry.receiver, n_atoms)
+        return scalar, gather(vector, geometry.receiver, n_atoms)
 
     def forward(
         self,
@@ -356,7 +356,7 @@ class SpinOrbitBasis(nn.Module):
         return self.scale * self.mix(own + pair)
 
 
-def _gather(messages: torch.Tensor, receiver: torch.Tensor, n_atoms: int) -> torch.Tensor:
+def gather(messages: torch.Tensor, receiver: torch.Tensor, n_atoms: int) -> torch.Tensor:
     """Sum messages (B, P, ...) into their receivers (B, N, ...)."""
     total = messages.new_zeros(messages.shape[0], n_atoms, *messages.shape[2:])
     return total.index_add(1, receiver, messages)

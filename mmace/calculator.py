@@ -109,7 +109,7 @@ class MMACECalculator(Calculator):
         first = self.models[0].config
         if any((m.config.elements, m.config.cutoff) != (first.elements, first.cutoff) for m in self.models):
             raise MMACEError("the members of the committee differ in elements or cut-off: use models of one kind.")
-        if soc and not all(m.has_spin_orbit for m in self.models):
+        if soc and not all(m.config.has_spin_orbit for m in self.models):
             raise MMACEError("the model was trained without spin-orbit coupling: use soc=False, or another model.")
         self.models = [_placed(m, device, DTYPES[dtype]) for m in self.models]
         self.device, self.dtype = device, dtype

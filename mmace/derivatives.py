@@ -77,7 +77,7 @@ def evaluate(
     with torch.set_grad_enabled(bool(wanted) or create_graph):
         geometry = model.geometry(graph, positions, _symmetric(strain) if stress else None)
         site_energies = model.spin_energies(geometry, moments[None])[0]
-        energy = site_energies.new_zeros(graph.n_graphs).index_add(0, graph.batch, site_energies)
+        energy = graph.per_structure(site_energies)
     slopes = _gradients(energy.sum(), wanted, create_graph)
     by_variable = {id(x): slope for x, slope in zip(wanted, slopes, strict=True)}
     if not create_graph:

@@ -222,6 +222,10 @@ class Graph:
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
+    def per_structure(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the atoms of each structure: (..., N) → (..., G)."""
+        return values.new_zeros(*values.shape[:-1], self.n_graphs).index_add(-1, self.batch, values)
+
     def with_moments(self, moments: torch.Tensor) -> Graph:
         """The same graph with other moments, shape (N, 3), µB."""
         return replace(self, moments=moments)

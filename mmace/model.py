@@ -22,6 +22,7 @@ from .blocks import (
     RadialBasis,
     RadialFilters,
     SpinOrbitBasis,
+    gather,
     natural_irreps,
 )
 from .graph import Graph
@@ -87,6 +88,11 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
 
+    @property
+    def has_spin_orbit(self) -> bool:
+        """Whether the spin-orbit switch λ changes anything."""
+        return self.magnetic and self.products and self.spin_orbit
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -112,7 +118,7 @@ class Layer(nn.Module):
         self.spin_orbit: SpinOrbitBasis | None = None
         if config.magnetic:
             self.exchange = ExchangeBasis(n_elements, k, max_ell, config.num_chebyshev, config.products)
-            if config.spin_orbit and config.products:
+            if config.has_spin_orbit:
                 self.spin_orbit = SpinOrbitBasis(k, max_ell, config.spin_orbit_scale)
         self.contraction = _exact_contraction(
             natural_irreps(max_ell, k), o3.Irreps(f"{k}x0e"), config.correlation, n_elements
@@ -132,8 +138,7 @@ class Layer(nn.Module):
         n_spins, n_atoms, k = h.shape
         if self.exchange is None:
             messages = geometry.scalar_filters[layer] * h[:, geometry.sender][..., None]
-            scalar = messages.new_zeros(n_spins, n_atoms, *messages.shape[2:]).index_add(1, geometry.receiver, messages)
-            x = self.mix_scalar(scalar)
+            x = self.mix_scalar(gather(messages, geometry.receiver, n_atoms))
         else:
             scalar, vector = self.exchange.messages(geometry, layer, h, features)
             x = self.exchange(scalar, vector, self.mix_scalar(scalar), features, geometry.species)
@@ -188,11 +193,6 @@ class MagneticMACE(nn.Module):
     def elements(self) -> tuple[str, ...]:
         """Elements the model knows."""
         return self.config.elements
-
-    @property
-    def has_spin_orbit(self) -> bool:
-        """Whether the spin-orbit switch λ changes anything."""
-        return self.config.magnetic and self.config.products and self.config.spin_orbit
 
     @property
     def dtype(self) -> torch.dtype:

@@ -91,8 +91,7 @@ def relax_moments(
     coordinates: _Coordinates = _Axes(start) if mode == "magnitudes" else _Vectors()
 
     def energies(x: torch.Tensor) -> torch.Tensor:
-        sites = model.spin_energies(geometry, coordinates.moments(x)[None])[0]
-        return sites.new_zeros(graph.n_graphs).index_add(0, graph.batch, sites)
+        return graph.per_structure(model.spin_energies(geometry, coordinates.moments(x)[None])[0])
 
     problem = _BatchedProblem(energies, graph)
     x = coordinates.start(start)

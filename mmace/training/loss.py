@@ -83,8 +83,7 @@ def direction_loss(model: MagneticMACE, batch: DirectionBatch, tolerances: Toler
 def direction_energies(model: MagneticMACE, batch: DirectionBatch) -> torch.Tensor:
     """Energies (D, G) in eV of every direction of every structure."""
     graph = batch.graph
-    site_energies = model.spin_energies(model.geometry(graph), batch.moments)
-    return site_energies.new_zeros(len(site_energies), graph.n_graphs).index_add(1, graph.batch, site_energies)
+    return graph.per_structure(model.spin_energies(model.geometry(graph), batch.moments))
 
 
 def _penalty(error: torch.Tensor, target: Target, limit: float) -> torch.Tensor:

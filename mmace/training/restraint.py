@@ -128,7 +128,7 @@ def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, genera
     without = replace(geometry, soc=torch.zeros_like(graph.soc))
     change = model.spin_energies(geometry, torch.einsum("rab,nb->rna", rotations, graph.moments))
     change = change - model.spin_energies(without, graph.moments[None])
-    per_graph = change.new_zeros(ROTATIONS, graph.n_graphs).index_add(1, graph.batch, change) / graph.counts
+    per_graph = graph.per_structure(change) / graph.counts
     return _penalty(torch.relu(per_graph.abs() / bound - 1.0)).mean()
 
 

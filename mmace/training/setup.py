@@ -59,7 +59,7 @@ def initial_model(labels: Sequence[LabelledStructure], recipe: Recipe, seed: int
     )
     model = _seeded(config, seed)
     groups = groups_of(labels)
-    if groups and config.magnetic and config.spin_orbit and config.products:
+    if groups and config.has_spin_orbit:
         config = replace(config, spin_orbit_scale=_spin_orbit_scale(model, groups, recipe))
         model = _seeded(config, seed)
     with torch.no_grad():
