@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import ModelFileError
+from .files import whole_file
 from .model import MagneticMACE, ModelConfig
 
 FORMAT = "mmace-model-1"
@@ -31,18 +32,10 @@ def save_model(model: MagneticMACE, path: str | os.PathLike[str], metadata: Mapp
     metadata : mapping str → str, optional
         Notes to keep with the weights, such as the data they were trained on.
     """
-    target = Path(path)
     header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(model.config.to_dict())}
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
-        temporary.chmod(mode)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_model(

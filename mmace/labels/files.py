@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from ..errors import LabelError
+from ..files import whole_file
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -20,12 +20,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file under a temporary name in the same folder, then rename it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_labels(path: str | Path, frames: Sequence[Atoms]) -> None:
@@ -34,12 +30,8 @@ def write_labels(path: str | Path, frames: Sequence[Atoms]) -> None:
         check_frame(atoms, f"frame {index} for {str(path)!r}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         write(temporary, list(frames), format="extxyz")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_labels(path: str | Path) -> list[Atoms]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ModelFileError
+from ..files import whole_file
 
 FORMAT = "mmace-checkpoint-1"
 
@@ -28,13 +28,9 @@ def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[s
     state : dict
         Plain JSON types.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    try:
+    with whole_file(path) as temporary:
         save_file(plain, temporary, metadata={"format": FORMAT, "state": json.dumps(state)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .. import __version__
 from ..data import LabelledStructure, Splits, read_labels, read_splits
 from ..errors import MMACEError
-from ..io import load_model, model_files
+from ..files import whole_file
+from ..io import file_hash, load_model, model_files
 from .evaluate import predict, report, table
 from .loop import Outcome, train
 from .plot import plot_log
@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace) -> int:
     notes = {
         "mmace_version": __version__,
         "recipe": json.dumps(recipe.to_dict()),
-        "labels": json.dumps({Path(path).name: _sha256(path) for path in [*args.train, *(args.valid or [])]}),
+        "labels": json.dumps({Path(path).name: file_hash([Path(path)]) for path in [*args.train, *(args.valid or [])]}),
     }
     outcomes = []
     for member in range(args.members):
@@ -165,8 +165,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     results = report(labels, predictions, splits.part_of if splits else None)
     print(table(results))
     if args.json:
-        results["model"] = {file.name: _sha256(file) for file in files}
-        results["labels"] = {Path(path).name: _sha256(path) for path in args.labels}
+        results["model"] = {file.name: file_hash([file]) for file in files}
+        results["labels"] = {Path(path).name: file_hash([Path(path)]) for path in args.labels}
         _write_json(Path(args.json), results)
     return 0
 
@@ -196,13 +196,5 @@ def _writable_folder(path: str | os.PathLike[str], create: bool = True) -> Path:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sha256(path: str | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -17,6 +17,7 @@ import torch
 
 from ..data import LabelledStructure, fingerprint, groups_of
 from ..errors import LabelError, MMACEError
+from ..files import whole_file
 from ..io import save_model
 from ..model import MagneticMACE, ModelConfig
 from .batches import DirectionBatch, LabelBatch
@@ -326,10 +327,8 @@ class _Run:
         write_checkpoint(self.folder / "checkpoint.safetensors", tensors, state)
         notes = {**self.metadata, "seed": str(self.seed), "best_epoch": str(self.best_epoch)}
         save_model(self._model_with(self.best), self.folder / "model.safetensors", notes)
-        log = self.folder / "log.jsonl"
-        temporary = log.with_name(f".{log.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(temporary, log)
+        with whole_file(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         device = self.model.device

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..files import whole_file
+
 PANELS = (
     ("energy_rmse_meV_per_atom", "energy, meV/atom"),
     ("forces_rmse_meV_per_A", "forces, meV/Å"),
@@ -45,10 +47,5 @@ def plot_log(log: str | os.PathLike[str], picture: str | os.PathLike[str]) -> No
     for axis in axes:
         axis.set_yscale("log")
         axis.set_xlabel("epoch")
-    target = Path(picture)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.png")
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(picture) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
