@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from .blocks import Geometry
 from .derivatives import evaluate, evaluate_spins, hessian, relaxed_response
 from .errors import ConvergenceError, MMACEError, MomentError, MomentRangeWarning, StructureError
 from .graph import Graph, check_moments, moments_of
-from .io import file_hash, load_model, model_files
+from .io import file_hash, load_model, model_files, weights_hash
 from .model import MagneticMACE
 from .moments import MODES, relax_moments
 
@@ -28,6 +29,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 RELAX_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # eV/µB
 STRUCTURES_AT_ONCE = 32
 SPIRALS_AT_ONCE = 32
+IN_MEMORY = "in memory"
 NEGLIGIBLE = 1e-3  # µB
 GUESS = 0.5  # starting moment over M_z where a caller has none
 
@@ -96,14 +98,16 @@ class MMACECalculator(Calculator):
     ) -> None:
         super().__init__()
         _check_options(device, dtype, moments)
+        self._hashes: list[str] = []
         if isinstance(model, MagneticMACE):
-            self.models, self._source = [model], ("in memory", "")
+            self.models, self._name = [model], IN_MEMORY
         elif isinstance(model, str | os.PathLike):
             files = model_files(model)[: None if committee else 1]
             self.models = [load_model(path) for path in files]
-            self._source = (str(model) if not os.path.exists(model) else os.path.basename(model), file_hash(files))
+            self._name = str(model) if not os.path.exists(model) else os.path.basename(model)
+            self._hashes = [file_hash(path) for path in files]
         else:
-            self.models, self._source = list(model)[: None if committee else 1], ("in memory", "")
+            self.models, self._name = list(model)[: None if committee else 1], IN_MEMORY
         if not self.models:
             raise MMACEError("the committee has no members: give at least one model.")
         first = self.models[0].config
@@ -141,7 +145,7 @@ class MMACECalculator(Calculator):
     @property
     def members(self) -> list[MMACECalculator]:
         """One calculator for each member of the committee, with the same options."""
-        return [self._with(models=[model]) for model in self.models]
+        return [self._with(slice(k, k + 1)) for k in range(len(self.models))]
 
     def replace(self, **options: Any) -> MMACECalculator:
         """A calculator on the same weights with other `soc` or `moments`.
@@ -159,8 +163,8 @@ class MMACECalculator(Calculator):
     def provenance(self) -> dict[str, str | float | int]:
         """What identifies this calculator in a dataset."""
         return {
-            "name": self._source[0],
-            "hash": self._source[1],
+            "name": self._name,
+            "hash": self._hash(),
             "members": len(self.models),
             "elements": " ".join(self.elements),
             "cutoff": self.cutoff,
@@ -392,12 +396,18 @@ class MMACECalculator(Calculator):
             moments += [_to_numpy(part) for part in torch.split(relaxed, graph.counts.tolist())]
         return moments
 
-    def _with(self, models: list[MagneticMACE] | None = None, **options: Any) -> MMACECalculator:
+    def _hash(self) -> str:
+        """SHA-256 of the model: that of its file, or for a committee that of its members' hashes."""
+        if not self._hashes:
+            self._hashes = [weights_hash(model) for model in self.models]
+        if len(self._hashes) == 1:
+            return self._hashes[0]
+        return hashlib.sha256(" ".join(self._hashes).encode()).hexdigest()
+
+    def _with(self, members: slice = slice(None), **options: Any) -> MMACECalculator:
         settings: dict[str, Any] = {"soc": self.soc, "moments": self.moments, **options}
-        new = MMACECalculator(
-            self.models if models is None else models, self.device, self.dtype, tolerance=self.tolerance, **settings
-        )
-        new._source = self._source
+        new = MMACECalculator(self.models[members], self.device, self.dtype, tolerance=self.tolerance, **settings)
+        new._name, new._hashes = self._name, self._hashes[members]
         return new
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:

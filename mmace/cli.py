@@ -55,7 +55,7 @@ def _info(options: argparse.Namespace) -> int:
         for key, value in model.config.to_dict().items():
             table.add_row(key, str(value))
         table.add_row("weights", str(sum(p.numel() for p in model.parameters())))
-        table.add_row("SHA-256", file_hash([path]))
+        table.add_row("SHA-256", file_hash(path))
         for key, value in read_metadata(path).items():
             table.add_row(key, value)
         Console().print(table)

@@ -128,9 +128,15 @@ def model_files(model: str | os.PathLike[str]) -> list[Path]:
     return [path.parent / member for member in members]
 
 
-def file_hash(paths: list[Path]) -> str:
-    """SHA-256 over the bytes of model files, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def weights_hash(model: MagneticMACE) -> str:
+    """SHA-256 over the settings and weights of a model that is in no file."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,7 +15,9 @@ from ase import Atoms
 from numpy.typing import ArrayLike
 
 from . import provenance
-from .errors import OptionError, OutputError, PropertyError, did_you_mean
+from .errors import OptionError, PropertyError, did_you_mean
+from .files import write_whole
+from .journal import Journal
 from .protocol import MODES, MomentMode, SpinCalculator, moments_of
 from .structures import check_structure
 
@@ -205,7 +205,9 @@ class Property(ABC):
         """Return how moments are relaxed: the option, or the calculator's own mode."""
         return calculator.mode if self.options.moments == "calculator" else self.options.moments
 
-    def run(self, structure: Atoms, calculator: Any, progress: Progress = silent) -> xr.Dataset:
+    def run(
+        self, structure: Atoms, calculator: Any, progress: Progress = silent, journal: Journal | None = None
+    ) -> xr.Dataset:
         """Compute the property.
 
         Parameters
@@ -213,6 +215,7 @@ class Property(ABC):
         structure : periodic structure with initial moments, (N, 3) or (N,) in µB; it is not changed.
         calculator : an ASE calculator of the protocol, or one wrapped already.
         progress : called as ``progress(stage, done, total)``.
+        journal : keeps finished parts, so that the same run, begun again, goes on where it was.
 
         Returns
         -------
@@ -224,6 +227,8 @@ class Property(ABC):
         PropertyError : bad structure, moments, options or calculator; no result is returned half-done.
         """
         asked = calculator if isinstance(calculator, SpinCalculator) else SpinCalculator(calculator)
+        if journal is not None:
+            asked.journal = journal
         atoms = check_structure(structure, asked)
         self.check(atoms, asked)
         members = asked.members
@@ -304,48 +309,6 @@ def write_dataset(dataset: xr.Dataset, path: str | Path) -> None:
     OutputError : the place cannot be written.
     """
     write_whole(path, lambda temporary: dataset.to_netcdf(temporary, engine="netcdf4", format="NETCDF4"))
-
-
-def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
-    """Call `write` on a temporary name beside `path` and rename it when it is complete.
-
-    Raises
-    ------
-    OutputError : the place cannot be written.
-    """
-    target = Path(path)
-    check_writable(target)
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written ({error.strerror or error}); choose another output") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def check_writable(path: str | Path) -> None:
-    """Check, without leaving anything behind, that a file can be made at a place.
-
-    Raises
-    ------
-    OutputError : no such directory, a directory of that name, or no permission.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"'{path}' is a directory; name a file for the output")
-    if not target.parent.is_dir():
-        raise OutputError(f"the directory '{target.parent}' of the output does not exist; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written ({error.strerror}); choose another output") from error
 
 
 def plugins() -> dict[str, EntryPoint]:

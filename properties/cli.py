@@ -19,8 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from .base import Options, Progress, Property, Row, as_json, check_writable, load_property, plugins, write_dataset
+from .base import Options, Progress, Property, Row, as_json, load_property, plugins, write_dataset
 from .errors import CalculatorError, OptionError, PropertyError, did_you_mean
+from .files import check_writable
+from .journal import Journal
 from .protocol import MODES, SpinCalculator, moments_of
 from .provenance import magnetic_space_group
 from .structures import ORDERS, Start, formula, parse_moments, read_moments, read_structure, start_structure
@@ -217,12 +219,16 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         moments=None if moments_file is None else read_moments(moments_file, len(structure)),
     )
     _print_start(console, start, calculator, mode, named)
+    journal = Journal.beside(output)
+    if len(journal):
+        console.print(f"restart    {len(journal)} finished parts of an earlier run are at hand")
     with _progress(args.quiet) as report:
-        dataset = prop.run(start.atoms, calculator, report)
+        dataset = prop.run(start.atoms, calculator, report, journal)
     dataset.attrs["initial_moments_origin"] = start.origin
     dataset.attrs["structure_file"] = Path(args.structure).name
     rows = prop.summary(dataset)
     write_dataset(dataset, output)
+    journal.clear()
     if args.plot is not None:
         from .plot import save_figure
 

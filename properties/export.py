@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from .base import write_whole
 from .conventions import CONVENTIONS, MMACE
 from .errors import ConventionError, OptionError, OutputError, did_you_mean
+from .files import write_whole
 
 Array = NDArray[np.float64]
 

@@ -9,8 +9,8 @@ import xarray as xr
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .base import write_whole
 from .errors import OptionError
+from .files import write_whole
 
 FORMATS = (".png", ".pdf", ".svg")
 COLOURS = ("#0b6e99", "#c8553d", "#5b8c5a", "#7a5195")

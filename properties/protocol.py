@@ -8,7 +8,7 @@ central differences.
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from math import lcm
@@ -22,6 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from . import errors
 from .conventions import VOIGT
+from .journal import Journal, Part
 
 Array = NDArray[np.float64]
 MomentMode = Literal["fixed", "magnitudes", "full"]
@@ -141,9 +142,10 @@ class SpinCalculator:
     Parameters
     ----------
     calculator : an ASE calculator.
+    journal : keeps what was evaluated, for a calculator whose `provenance` identifies it; None keeps nothing.
     """
 
-    def __init__(self, calculator: Any) -> None:
+    def __init__(self, calculator: Any, journal: Journal | None = None) -> None:
         mode = getattr(calculator, "moments", "fixed")
         self.mode: MomentMode = cast(MomentMode, mode) if mode in MODES else "fixed"
         if self.mode != "fixed":
@@ -154,6 +156,7 @@ class SpinCalculator:
                 )
             calculator = calculator.replace(moments="fixed")
         self.calculator = calculator
+        self.journal = journal
         self._scratch: Any = None
 
     def has(self, capability: str) -> bool:
@@ -186,7 +189,7 @@ class SpinCalculator:
         members = getattr(self.calculator, "members", None)
         if members is None or len(members) < 2:
             return [self]
-        wrapped = [SpinCalculator(m) for m in members]
+        wrapped = [SpinCalculator(m, self.journal) for m in members]
         for member in wrapped:
             member.mode = self.mode
         return wrapped
@@ -207,14 +210,31 @@ class SpinCalculator:
             wanted = ", ".join(f"{k}={v}" for k, v in changes.items())
             raise errors.CalculatorError(f"the calculator has no replace(); make one with {wanted} yourself")
         with _asking("replace"):
-            other = SpinCalculator(self.calculator.replace(**changes))
+            other = SpinCalculator(self.calculator.replace(**changes), self.journal)
         if "moments" not in changes:
             other.mode = self.mode
         return other
 
-    def _property(self, name: str, atoms: Atoms, moments: Array) -> Any:
-        with _asking(name):
-            return self.calculator.get_property(name, with_moments(atoms, moments))
+    def part(self, name: str, key: Mapping[str, Any], compute: Callable[[], Part]) -> Part:
+        """Return a part of a calculation with this calculator from the journal, or compute it.
+
+        Parameters
+        ----------
+        name : what the part is.
+        key : everything besides the calculator that decides the part.
+        compute : called without arguments where the journal does not have the part.
+        """
+        if self.journal is None or not self.has("provenance"):
+            return compute()
+        return self.journal.part({"part": name, "calculator": self.provenance(), "soc": self.soc, **key}, compute)
+
+    def _property(self, name: str, atoms: Atoms, moments: Array) -> Array:
+        def ask() -> Part:
+            with _asking(name):
+                return {name: np.asarray(self.calculator.get_property(name, copy), dtype=float)}
+
+        copy = with_moments(atoms, moments)
+        return self.part(name, {"atoms": copy}, ask)[name]
 
     def energy(self, atoms: Atoms, moments: ArrayLike) -> float:
         """Return the energy in eV at moments of shape (N, 3) in µB."""
@@ -224,14 +244,14 @@ class SpinCalculator:
         """Return the forces, shape (N, 3), in eV/Å, at moments of shape (N, 3) in µB."""
         m = vectors(moments, len(atoms))
         if self.has("forces"):
-            return np.asarray(self._property("forces", atoms, m), dtype=float)
+            return self._property("forces", atoms, m)
         return -self._gradient(lambda x: self.energy(_at_positions(atoms, x), m), atoms.positions, POSITION_STEP)
 
     def stress(self, atoms: Atoms, moments: ArrayLike) -> Array:
         """Return the stress dE/dε/V, Voigt, shape (6,), in eV/Å³, at moments of shape (N, 3) in µB."""
         m = vectors(moments, len(atoms))
         if self.has("stress"):
-            value = np.asarray(self._property("stress", atoms, m), dtype=float)
+            value = self._property("stress", atoms, m)
             return value if value.shape == (6,) else np.array([value[i, j] for i, j in VOIGT])
         return np.array(
             [
@@ -248,7 +268,7 @@ class SpinCalculator:
         """Return -dE/dm, shape (N, 3), in eV/µB, at moments of shape (N, 3) in µB."""
         m = vectors(moments, len(atoms))
         if self.has("magnetic_forces"):
-            return np.asarray(self._property("magnetic_forces", atoms, m), dtype=float)
+            return self._property("magnetic_forces", atoms, m)
         return -self._gradient(lambda x: self.energy(atoms, x), m, MOMENT_STEP)
 
     @staticmethod
@@ -279,18 +299,22 @@ class SpinCalculator:
         if m.ndim != 3 or m.shape[1:] != (len(atoms), 3):
             raise errors.MomentError(f"moments have the shape {m.shape}, but must be (B, {len(atoms)}, 3)")
         if self.has("evaluate_spins"):
-            ask = self.calculator.evaluate_spins
-            known = inspect.signature(ask).parameters
-            extra = {"magnetic_forces": magnetic_forces} if "magnetic_forces" in known else {}
-            with _asking("evaluate_spins"):
-                found = ask(with_moments(atoms, m[0]), m, **extra)
-            return {k: np.asarray(v, dtype=float) for k, v in found.items()}
+            key = {"atoms": bare(atoms), "moments": m, "magnetic_forces": magnetic_forces}
+            return self.part("evaluate_spins", key, lambda: self._native_spins(atoms, m, magnetic_forces))
         result = {"energy": np.array([self.energy(atoms, x) for x in m])}
         if magnetic_forces:
             result["magnetic_forces"] = np.array([self.magnetic_forces(atoms, x) for x in m])
         if "energies" in getattr(self.calculator, "implemented_properties", ()):
-            result["energies"] = np.array([self._property("energies", atoms, x) for x in m], dtype=float)
+            result["energies"] = np.array([self._property("energies", atoms, x) for x in m])
         return result
+
+    def _native_spins(self, atoms: Atoms, moments: Array, magnetic_forces: bool) -> dict[str, Array]:
+        ask = self.calculator.evaluate_spins
+        known = inspect.signature(ask).parameters
+        extra = {"magnetic_forces": magnetic_forces} if "magnetic_forces" in known else {}
+        with _asking("evaluate_spins"):
+            found = ask(with_moments(atoms, moments[0]), moments, **extra)
+        return {k: np.asarray(v, dtype=float) for k, v in found.items()}
 
     def evaluate_spirals(
         self,
@@ -328,7 +352,12 @@ class SpinCalculator:
             moments_of(atoms) if moments is None else np.asarray(moments), (len(waves), len(atoms), 3)
         )
         if self.has("evaluate_spirals") and self.soc is not True:
-            return self._native_spirals(atoms, waves, direction, home, magnetic_forces)
+            key = {"atoms": bare(atoms), "q": waves, "axis": direction, "moments": np.array(home)}
+            return self.part(
+                "evaluate_spirals",
+                {**key, "magnetic_forces": magnetic_forces},
+                lambda: self._native_spirals(atoms, waves, direction, home, magnetic_forces),
+            )
         energies, fields = [], []
         for wave, start in zip(waves, home, strict=True):
             cell, count = spiral_supercell(with_moments(atoms, start), wave, direction, max_cells)
@@ -370,9 +399,8 @@ class SpinCalculator:
             name = sorted(unknown)[0]
             raise errors.OptionError(f"no Hessian block '{name}'; known: rr, rm, mm, ee, er, em")
         if self.has("hessian"):
-            with _asking("hessian"):
-                found = self.calculator.hessian(atoms, blocks=tuple(blocks))
-            return {k: np.asarray(found[k], dtype=float) for k in blocks}
+            key = {"atoms": with_moments(atoms, moments_of(atoms)), "blocks": list(blocks)}
+            return self.part("hessian", key, lambda: self._native_hessian(atoms, blocks))
         m, n = moments_of(atoms), len(atoms)
         result: dict[str, Array] = {}
         for block in blocks:
@@ -410,6 +438,11 @@ class SpinCalculator:
             result[block] = out
         return result
 
+    def _native_hessian(self, atoms: Atoms, blocks: Sequence[str]) -> dict[str, Array]:
+        with _asking("hessian"):
+            found = self.calculator.hessian(atoms, blocks=tuple(blocks))
+        return {k: np.asarray(found[k], dtype=float) for k in blocks}
+
     def relax_moments(self, images: Sequence[Atoms], mode: MomentMode) -> list[Array]:
         """Relax the moments of many structures, positions fixed, from their initial moments.
 
@@ -432,9 +465,15 @@ class SpinCalculator:
         if mode == "fixed":
             return [moments_of(a) for a in images]
         if self.has("relax_moments"):
-            with _asking("relax_moments"):
-                return [np.asarray(m, dtype=float) for m in self.calculator.relax_moments(list(images), mode)]
+            key = {"images": list(images), "mode": mode}
+            found = self.part("relax_moments", key, lambda: self._native_relaxation(images, mode))
+            return [found[str(k)] for k in range(len(images))]
         return [self._relax_one(a, mode) for a in images]
+
+    def _native_relaxation(self, images: Sequence[Atoms], mode: MomentMode) -> Part:
+        with _asking("relax_moments"):
+            found = self.calculator.relax_moments(list(images), mode)
+        return {str(k): np.asarray(m, dtype=float) for k, m in enumerate(found)}
 
     def _relax_one(self, atoms: Atoms, mode: MomentMode) -> Array:
         start = moments_of(atoms)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mmace.calculator import MMACECalculator
 from mmace.errors import ModelFileError
 from mmace.io import file_hash, load_model, model_files, read_metadata, save_model
 
@@ -37,7 +38,7 @@ def test_others_may_read_a_model_as_any_new_file(tmp_path: Path) -> None:
 def test_writing_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model.safetensors"
     save_model(random_model(), target)
-    before = file_hash([target])
+    before = file_hash(target)
 
     def broken(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
@@ -46,7 +47,7 @@ def test_writing_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("mmace.io.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_model(random_model(1), target)
-    assert file_hash([target]) == before
+    assert file_hash(target) == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -92,7 +93,12 @@ def test_committees(tmp_path: Path) -> None:
     listing.write_text(json.dumps({"members": ["member-0.safetensors", "member-1.safetensors"]}))
     files = model_files(listing)
     assert [f.name for f in files] == ["member-0.safetensors", "member-1.safetensors"]
-    assert file_hash(files) != file_hash(files[::-1])
+    committee, turned = MMACECalculator(listing), MMACECalculator([load_model(f) for f in files[::-1]])
+    assert [m.provenance()["hash"] for m in committee.members] == [file_hash(f) for f in files]
+    assert committee.provenance()["hash"] != committee.members[0].provenance()["hash"]
+    hashes = [m.provenance()["hash"] for m in turned.members]
+    assert len({*hashes, turned.provenance()["hash"]}) == 3
+    assert [m.provenance()["hash"] for m in turned.replace(moments="full").members] == hashes
     for wrong in ("[]", '{"members": []}', "{"):
         listing.write_text(wrong)
         with pytest.raises(ModelFileError):

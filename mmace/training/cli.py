@@ -84,7 +84,7 @@ def _train(args: argparse.Namespace) -> int:
     notes = {
         "mmace_version": __version__,
         "recipe": json.dumps(recipe.to_dict()),
-        "labels": json.dumps({Path(path).name: file_hash([Path(path)]) for path in [*args.train, *(args.valid or [])]}),
+        "labels": json.dumps({Path(path).name: file_hash(path) for path in [*args.train, *(args.valid or [])]}),
     }
     outcomes = []
     for member in range(args.members):
@@ -165,8 +165,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     results = report(labels, predictions, splits.part_of if splits else None)
     print(table(results))
     if args.json:
-        results["model"] = {file.name: file_hash([file]) for file in files}
-        results["labels"] = {Path(path).name: file_hash([Path(path)]) for path in args.labels}
+        results["model"] = {file.name: file_hash(file) for file in files}
+        results["labels"] = {Path(path).name: file_hash(path) for path in args.labels}
         _write_json(Path(args.json), results)
     return 0
 

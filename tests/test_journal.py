@@ -1,0 +1,157 @@
+"""Finished parts: what decides them, when they are stored, and a run that was killed and begun again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase import Atoms
+from mmace_props.errors import OutputError
+from mmace_props.journal import Journal, fingerprint
+from mmace_props.protocol import SpinCalculator, with_moments
+
+from .toys import CapableToy, CommitteeToy, Landau, from_options
+
+ROOT = Path(__file__).parent.parent
+ATOMS = with_moments(Atoms("FeAl", [[0, 0, 0], [1.4, 1.4, 1.4]], cell=[2.8, 2.8, 2.8], pbc=True), [2.0, 0.0])
+
+
+def moved(atoms, **changes):
+    copy = atoms.copy()
+    for name, values in changes.items():
+        copy.set_array(name, None)
+        copy.set_array(name, np.asarray(values))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"atoms": ATOMS, "mode": "fixed"},
+        {"atoms": with_moments(ATOMS, [2.0, 1e-12]), "mode": "full"},
+        {"atoms": with_moments(ATOMS, [[2.0, 0, 0], [0, 0, 0]]), "mode": "full"},
+        {"atoms": moved(ATOMS, positions=[[0, 0, 1e-12], [1.4, 1.4, 1.4]]), "mode": "full"},
+        {"atoms": moved(ATOMS, numbers=[26, 14]), "mode": "full"},
+        {"atoms": Atoms(ATOMS, cell=[2.8, 2.8, 2.81]), "mode": "full"},
+        {"atoms": Atoms(ATOMS, pbc=[True, True, False]), "mode": "full"},
+        {"atoms": [ATOMS], "mode": "full"},
+        {"atoms": ATOMS, "mode": "full", "more": []},
+    ],
+)
+def test_everything_that_decides_a_part_is_in_its_name(other):
+    assert fingerprint(other) != fingerprint({"atoms": ATOMS, "mode": "full"})
+    assert fingerprint({"mode": "full", "atoms": ATOMS.copy()}) == fingerprint({"atoms": ATOMS, "mode": "full"})
+
+
+def test_arrays_of_other_shapes_and_types_are_other_parts():
+    flat = np.zeros(4)
+    names = {fingerprint({"x": x}) for x in (flat, flat.reshape(2, 2), flat.astype(np.float32), [flat, flat], 0.0, 0)}
+    assert len(names) == 6
+
+
+def test_stored_once_and_read_back(tmp_path):
+    journal, calls = Journal(tmp_path / "parts", min_seconds=0.0), []
+
+    def compute():
+        calls.append(1)
+        return {"x": np.arange(3.0), "n": np.array(7)}
+
+    for _ in range(2):
+        part = journal.part({"a": 1}, compute)
+        assert part["x"].tolist() == [0, 1, 2]
+        assert int(part["n"]) == 7
+    assert len(calls) == 1
+    assert len(journal) == 1
+    assert os.listdir(tmp_path / "parts") == [f"{fingerprint({'a': 1})}.npz"]
+
+
+def test_quick_parts_leave_nothing_behind(tmp_path):
+    journal = Journal(tmp_path / "parts", min_seconds=10.0)
+    assert journal.part({"a": 1}, lambda: {"x": np.ones(1)})["x"] == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"nonsense"])
+def test_a_damaged_part_is_computed_again(tmp_path, content):
+    journal = Journal(tmp_path / "parts", min_seconds=0.0)
+    journal.part({"a": 1}, lambda: {"x": np.ones(1)})
+    (file,) = (tmp_path / "parts").iterdir()
+    file.write_bytes(content)
+    assert journal.part({"a": 1}, lambda: {"x": np.full(1, 2.0)})["x"] == 2
+
+
+def test_nothing_in_a_part_can_run_code(tmp_path):
+    """Objects that would need pickle are neither written nor read."""
+    journal = Journal(tmp_path / "parts", min_seconds=0.0)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        journal.part({"a": 1}, lambda: {"x": np.array([print], dtype=object)})
+    np.savez(tmp_path / "parts" / f"{fingerprint({'b': 1})}.npz", x=np.array([print], dtype=object))
+    assert journal.part({"b": 1}, lambda: {"x": np.ones(1)})["x"] == 1
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="choose another output"):
+        Journal(tmp_path / "file" / "parts", 0.0).part({"a": 1}, lambda: {"x": np.ones(1)})
+
+
+def test_members_and_options_do_not_share_parts(tmp_path):
+    """Two models, or one with and without spin-orbit coupling, never read each other's parts."""
+    other = from_options()
+    committee = CommitteeToy([from_options(), CapableToy(Landau(0.07, 0.004), *other.options.terms, soc=True)])
+    asked = SpinCalculator(committee, Journal(tmp_path / "parts", min_seconds=0.0))
+    moments = [[1.5, 0, 0], [0, 0, 0]]
+    first, second = (m.energy(ATOMS, moments) for m in asked.members)
+    assert first != second
+    assert asked.members[0].replace(soc=False).energy(ATOMS, moments) != first
+    assert len(asked.journal) == 3
+    assert [m.energy(ATOMS, moments) for m in asked.members] == [first, second]
+    assert len(asked.journal) == 3
+
+
+def test_a_calculator_that_cannot_say_what_it_is_keeps_nothing(tmp_path):
+    bare = from_options()
+    bare.provenance = None
+    SpinCalculator(bare, Journal(tmp_path / "parts", min_seconds=0.0)).energy(ATOMS, [1.5, 0.0])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """Killed in the middle, the command repeats nothing that was finished, and the result is the same."""
+    command = [sys.executable, "-m", "mmace_props.cli", "anisotropy", str(ROOT / "examples" / "FeAl_strained.cif")]
+    command += ["--calculator", "tests.slow_toy:from_options", "--strain"]
+
+    def start(output, log):
+        environment = {**os.environ, "SLOW_TOY_LOG": str(tmp_path / log), "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            [*command, "-o", str(tmp_path / output)], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    whole = start("whole.nc", "whole.log")
+    whole.communicate()
+    needed = len((tmp_path / "whole.log").read_text().split())
+    assert needed >= 4
+
+    broken = start("x.nc", "x.log")
+    parts = tmp_path / ".x.nc.parts"
+    while broken.poll() is None and len(Journal(parts)) < 2:
+        time.sleep(0.02)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert not (tmp_path / "x.nc").exists()
+    kept = len(Journal(parts))
+    assert 2 <= kept < needed
+
+    again = start("x.nc", "again.log")
+    out, _ = again.communicate()
+    assert again.returncode == 0
+    assert f"{kept} finished parts" in out
+    assert len((tmp_path / "again.log").read_text().split()) == needed - kept
+    assert not parts.exists()
+    with xr.open_dataset(tmp_path / "whole.nc") as a, xr.open_dataset(tmp_path / "x.nc") as b:
+        assert a.drop_attrs().identical(b.drop_attrs())
