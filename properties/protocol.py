@@ -381,17 +381,20 @@ class SpinCalculator:
                 parts = [ask(with_moments(atoms, m), q[None], axis, **extra) for m, q in zip(home, waves, strict=True)]
         return {k: np.concatenate([np.asarray(p[k], dtype=float) for p in parts]) for k in parts[0]}
 
-    def hessian(self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm")) -> dict[str, Array]:
+    def hessian(
+        self, atoms: Atoms, blocks: Sequence[str] = ("rr", "rm", "mm"), rows: Sequence[int] | None = None
+    ) -> dict[str, Array]:
         """Return blocks of second derivatives of E at the structure's moments.
 
         Parameters
         ----------
         atoms : the structure with its moments.
         blocks : among rr, rm, mm, ee, er, em (r positions, m moments, e engineering Voigt strain).
+        rows : atoms whose rows of rr, rm and mm are wanted, R of them; all by default.
 
         Returns
         -------
-        rr, rm, mm of shape (N, 3, N, 3); ee (6, 6); er, em (6, N, 3); in eV per Å, µB and unit strain. The
+        rr, rm, mm of shape (R, 3, N, 3); ee (6, 6); er, em (6, N, 3); in eV per Å, µB and unit strain. The
         second derivative with strain is that of E(ε) under the cell matrix 1 + ε with ε symmetric.
         """
         unknown = set(blocks) - {"rr", "rm", "mm", "ee", "er", "em"}
@@ -400,25 +403,29 @@ class SpinCalculator:
             raise errors.OptionError(f"no Hessian block '{name}'; known: rr, rm, mm, ee, er, em")
         if self.has("hessian"):
             key = {"atoms": with_moments(atoms, moments_of(atoms)), "blocks": list(blocks)}
-            return self.part("hessian", key, lambda: self._native_hessian(atoms, blocks))
+            if rows is not None:
+                key["rows"] = [int(row) for row in rows]
+            return self.part("hessian", key, lambda: self._native_hessian(atoms, blocks, rows))
         m, n = moments_of(atoms), len(atoms)
+        wanted = range(n) if rows is None else rows
         result: dict[str, Array] = {}
         for block in blocks:
             if block in ("rr", "mm", "rm"):
-                out = np.zeros((n, 3, n, 3))
-                for i, a in itertools.product(range(n), range(3)):
+                out = np.zeros((len(wanted), 3, n, 3))
+                for row, a in itertools.product(range(len(wanted)), range(3)):
+                    i = wanted[row]
                     for k, weight in STENCIL:
                         if block == "mm":
                             shifted = m.copy()
                             shifted[i, a] += k * MOMENT_STEP
-                            out[i, a] -= weight / MOMENT_STEP * self.magnetic_forces(atoms, shifted)
+                            out[row, a] -= weight / MOMENT_STEP * self.magnetic_forces(atoms, shifted)
                         else:
                             positions = atoms.positions.copy()
                             positions[i, a] += k * POSITION_STEP
                             moved = _at_positions(atoms, positions)
                             force = self.forces(moved, m) if block == "rr" else self.magnetic_forces(moved, m)
-                            out[i, a] -= weight / POSITION_STEP * force
-                if block != "rm":
+                            out[row, a] -= weight / POSITION_STEP * force
+                if block != "rm" and rows is None:
                     out = (out + out.transpose(2, 3, 0, 1)) / 2
             else:
                 out = np.zeros((6, 6) if block == "ee" else (6, n, 3))
@@ -438,10 +445,17 @@ class SpinCalculator:
             result[block] = out
         return result
 
-    def _native_hessian(self, atoms: Atoms, blocks: Sequence[str]) -> dict[str, Array]:
+    def _native_hessian(
+        self, atoms: Atoms, blocks: Sequence[str], rows: Sequence[int] | None = None
+    ) -> dict[str, Array]:
+        ask = self.calculator.hessian
+        known = "rows" in inspect.signature(ask).parameters
+        extra = {"rows": list(rows)} if known and rows is not None else {}
         with _asking("hessian"):
-            found = self.calculator.hessian(atoms, blocks=tuple(blocks))
-        return {k: np.asarray(found[k], dtype=float) for k in blocks}
+            found = {k: np.asarray(v, dtype=float) for k, v in ask(atoms, blocks=tuple(blocks), **extra).items()}
+        if rows is None or known:
+            return {k: found[k] for k in blocks}
+        return {k: found[k] if "e" in k else found[k][list(rows)] for k in blocks}
 
     def relax_moments(self, images: Sequence[Atoms], mode: MomentMode) -> list[Array]:
         """Relax the moments of many structures, positions fixed, from their initial moments.

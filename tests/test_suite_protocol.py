@@ -55,6 +55,16 @@ def test_hessian_from_gradients(atoms):
         np.testing.assert_allclose(bare[block], exact[block], rtol=1e-6, atol=1e-7 * scale, err_msg=block)
 
 
+def test_hessian_rows_of_some_atoms(atoms):
+    """The rows asked for, in their order, of calculators that know rows and of those that do not."""
+    for toy in (CapableToy, Toy):
+        spin = SpinCalculator(toy(*TERMS))
+        whole, some = spin.hessian(atoms), spin.hessian(atoms, rows=[1, 0])
+        for block in ("rr", "rm", "mm"):
+            np.testing.assert_allclose(some[block], whole[block][[1, 0]], rtol=1e-6, atol=1e-7)
+        assert spin.hessian(atoms, ("rm",), rows=[1])["rm"].shape == (1, 3, 2, 3)
+
+
 def test_spin_batches_by_loop(atoms):
     """Batches with and without the fast path agree, site energies too."""
     batch = np.random.default_rng(1).normal(size=(5, 2, 3))
