@@ -209,6 +209,36 @@ def test_transverse_magnetic_forces_weigh_less(teacher, labels):
     assert losses[1] == pytest.approx(TOLERANCES.transverse**2 * losses[0], rel=0.05)
 
 
+def test_gradients_along_the_moment_alone(teacher, labels, tmp_path):
+    """Where −dE/d|m| is all that is known it is fitted with its sign, and nothing across the moment is."""
+    whole = next(x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al"))
+    axis = whole.moments[0] / np.linalg.norm(whole.moments[0])
+    unknown = np.full(2, np.nan)
+    parallel = np.array([whole.magnetic_forces[0] @ axis, *unknown])
+    assert abs(parallel[0]) > 0.01
+    alone = replace(whole, magnetic_forces=np.full((3, 3), np.nan), magnetic_forces_parallel=parallel)
+
+    def loss(label, model=teacher):
+        return float(label_loss(model, batch_of([label], model), TOLERANCES).magnetic_forces)
+
+    assert loss(alone) < 1e-8
+    assert loss(replace(alone, magnetic_forces_parallel=-parallel)) > 1.0
+    other = initial_model(labels["train"], recipe(), seed=3)
+    predicted = predict(other, [alone])[0].magnetic_forces[0]
+    assert np.linalg.norm(predicted - (predicted @ axis) * axis) > 1e-3
+    assert loss(replace(alone, magnetic_forces_parallel=np.array([predicted @ axis, *unknown])), other) < 1e-8
+    off = replace(alone, magnetic_forces_parallel=parallel + 0.01)
+    assert errors_of([off], predict(teacher, [off])).magnetic_forces_along_rmse_meV_per_muB == pytest.approx(10.0)
+    assert errors_of([off], predict(teacher, [off])).magnetic_forces_rmse_meV_per_muB is None
+    assert fingerprint([off]) != fingerprint([alone])
+
+    atoms = alone.atoms()
+    atoms.arrays["magnetic_forces_parallel"] = parallel
+    atoms.calc = SinglePointCalculator(atoms, energy=1.0)
+    write(tmp_path / "one.extxyz", atoms)
+    assert read_labels(tmp_path / "one.extxyz")[0].magnetic_forces_parallel == pytest.approx(parallel, nan_ok=True)
+
+
 def test_every_parameter_gets_gradient_and_soc_free_labels_leave_spin_orbit_alone(labels):
     model = initial_model(labels["train"], recipe(model={**SMALL, "correlation": 3, "num_layers": 3}), seed=0)
     label_loss(model, batch_of(labels["train"], model), TOLERANCES).total().backward()

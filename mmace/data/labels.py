@@ -42,6 +42,8 @@ class LabelledStructure:
         Voigt xx, yy, zz, yz, xz, xy; eV/Å^3, ASE's sign.
     magnetic_forces : ndarray (N, 3)
         -dE/dm, eV/µB.
+    magnetic_forces_parallel : ndarray (N,)
+        -dE/d|m|, eV/µB, where that component alone is known; NaN elsewhere.
     soc : bool
         With spin-orbit coupling.
     parent : str
@@ -61,6 +63,7 @@ class LabelledStructure:
     forces: np.ndarray
     stress: np.ndarray
     magnetic_forces: np.ndarray
+    magnetic_forces_parallel: np.ndarray
     soc: bool
     parent: str
     name: str
@@ -83,8 +86,8 @@ def read_labels(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     ----------
     paths : path or sequence of paths
         Files with ASE's `energy`, `forces`, `stress`, arrays `initial_magmoms` (N, 3) or (N,) in µB and
-        `magnetic_forces` (N, 3) in eV/µB, and info `soc`, `parent`, `name`, `anisotropy_group`. A quantity that is
-        absent or NaN is not known.
+        `magnetic_forces` (N, 3) or `magnetic_forces_parallel` (N,) in eV/µB, and info `soc`, `parent`, `name`,
+        `anisotropy_group`. A quantity that is absent or NaN is not known.
 
     Returns
     -------
@@ -142,6 +145,9 @@ def label_from_atoms(atoms: Atoms, where: str) -> LabelledStructure:
         forces=_frozen(results.get("forces"), (n_atoms, 3), "forces", where),
         stress=_frozen(results.get("stress"), (6,), "stress", where),
         magnetic_forces=_frozen(atoms.arrays.get("magnetic_forces"), (n_atoms, 3), "magnetic_forces", where),
+        magnetic_forces_parallel=_frozen(
+            atoms.arrays.get("magnetic_forces_parallel"), (n_atoms,), "magnetic_forces_parallel", where
+        ),
         soc=bool(soc),
         parent=str(atoms.info.get("parent", name)),
         name=name,
@@ -166,6 +172,8 @@ def fingerprint(labels: Iterable[LabelledStructure]) -> str:
         digest.update(repr(text).encode())
         for array in (label.positions, label.cell, label.moments, label.forces, label.stress, label.magnetic_forces):
             digest.update(array.tobytes())
+        if np.isfinite(label.magnetic_forces_parallel).any():
+            digest.update(label.magnetic_forces_parallel.tobytes())
     return digest.hexdigest()
 
 

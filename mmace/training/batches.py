@@ -68,6 +68,8 @@ class LabelBatch:
         Shapes (G,), (N, 3), (G, 6), (N, 3).
     axis : Tensor (N, 3)
         Direction of each moment, zero where it has none.
+    transverse : Tensor (N, 1)
+        Weight of the magnetic force across the moment; zero where the label holds its part along the moment alone.
     """
 
     graph: Graph
@@ -76,6 +78,7 @@ class LabelBatch:
     stress: Target
     magnetic_forces: Target
     axis: torch.Tensor
+    transverse: torch.Tensor
 
     @classmethod
     def of(cls, label: LabelledStructure, model: MagneticMACE, tolerances: Tolerances) -> LabelBatch:
@@ -84,15 +87,19 @@ class LabelBatch:
         relative = tolerances.relative
         magnitude = np.linalg.norm(label.moments, axis=1, keepdims=True)
         axis = np.where(magnitude > SMALL_MOMENT, label.moments / np.maximum(magnitude, SMALL_MOMENT), 0.0)
+        along = label.magnetic_forces_parallel[:, None] * axis
+        along_alone = np.isfinite(along).all(1, keepdims=True) & (magnitude > SMALL_MOMENT)
+        magnetic_forces = np.where(along_alone, along, label.magnetic_forces)
         return cls(
             graph=_graph(label, model),
             energy=Target.of(np.array([label.energy]), tolerances.energy * len(label), torch.float64),
             forces=Target.of(label.forces, _widened(tolerances.forces, relative, label.forces), dtype),
             stress=Target.of(label.stress[None], _widened(tolerances.stress, relative, label.stress[None]), dtype),
             magnetic_forces=Target.of(
-                label.magnetic_forces, _widened(tolerances.magnetic_forces, relative, label.magnetic_forces), dtype
+                magnetic_forces, _widened(tolerances.magnetic_forces, relative, magnetic_forces), dtype
             ),
             axis=torch.tensor(axis, dtype=dtype),
+            transverse=torch.tensor(np.where(along_alone, 0.0, tolerances.transverse), dtype=dtype),
         )
 
     @classmethod
@@ -100,7 +107,8 @@ class LabelBatch:
         """One batch that holds all of `batches`."""
         names = ("energy", "forces", "stress", "magnetic_forces")
         targets = {name: Target.collate([getattr(b, name) for b in batches]) for name in names}
-        return cls(Graph.collate([b.graph for b in batches]), axis=torch.cat([b.axis for b in batches]), **targets)
+        axis, transverse = torch.cat([b.axis for b in batches]), torch.cat([b.transverse for b in batches])
+        return cls(Graph.collate([b.graph for b in batches]), axis=axis, transverse=transverse, **targets)
 
     def to(self, device: torch.device | str) -> LabelBatch:
         """The same batch on another device."""

@@ -101,7 +101,10 @@ def _magnetic_forces(label: LabelledStructure, source: LabelledStructure | Predi
 def _along(label: LabelledStructure, source: LabelledStructure | Prediction) -> np.ndarray:
     size = np.linalg.norm(label.moments, axis=1, keepdims=True)
     axis = np.divide(label.moments, size, out=np.full_like(label.moments, np.nan), where=size > 0)
-    return 1e3 * (source.magnetic_forces * axis).sum(1)
+    along = (source.magnetic_forces * axis).sum(1)
+    if isinstance(source, LabelledStructure):
+        along = np.where(np.isfinite(along), along, source.magnetic_forces_parallel)
+    return 1e3 * along
 
 
 QUANTITIES: dict[str, tuple[Quantity, str]] = {

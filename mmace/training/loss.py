@@ -43,7 +43,7 @@ def label_loss(model: MagneticMACE, batch: LabelBatch, tolerances: Tolerances, c
     batch : LabelBatch
         Structures and targets.
     tolerances : Tolerances
-        Weight of transverse magnetic forces and the outlier limit; the tolerances themselves are in the targets.
+        The outlier limit; the tolerances themselves are in the targets.
     create_graph : bool
         Keep the loss differentiable in the weights.
     """
@@ -54,7 +54,7 @@ def label_loss(model: MagneticMACE, batch: LabelBatch, tolerances: Tolerances, c
     error = result.magnetic_forces - batch.magnetic_forces.value
     along = (error * batch.axis).sum(1, keepdim=True) * batch.axis
     has_axis = batch.axis.abs().amax(1, keepdim=True) > 0
-    error = torch.where(has_axis, along + tolerances.transverse * (error - along), error)
+    error = torch.where(has_axis, along + batch.transverse * (error - along), error)
     limit = tolerances.outlier
     return LossTerms(
         energy=_penalty(result.energy - batch.energy.value, batch.energy, limit),
