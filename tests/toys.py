@@ -425,8 +425,10 @@ class CapableToy(Toy):
         grad = torch.autograd.grad(sites.sum(), m, allow_unused=True, materialize_grads=True)[0]
         return {"energy": sites.sum(1).detach().numpy(), "magnetic_forces": -grad.numpy()}
 
-    def hessian(self, atoms, blocks=("rr", "rm", "mm")):
+    def hessian(self, atoms, blocks=("rr", "rm", "mm"), rows=None):
         n = len(atoms)
+        if tuple(blocks) == ("mm",):
+            return {"mm": self._moment_rows(atoms, range(n) if rows is None else rows)}
         sizes = {"r": 3 * n, "m": 3 * n, "e": 6}
         full = torch.autograd.functional.hessian(
             lambda x: self._energy_of(atoms, x), torch.zeros(6 * n + 6, dtype=F64)
@@ -434,10 +436,26 @@ class CapableToy(Toy):
         start = {"r": 0, "m": 3 * n, "e": 6 * n}
         out = {}
         for block in blocks:
-            rows, columns = (slice(start[c], start[c] + sizes[c]) for c in block)
+            lines, columns = (slice(start[c], start[c] + sizes[c]) for c in block)
             shapes = {"r": (n, 3), "m": (n, 3), "e": (6,)}
-            out[block] = full[rows, columns].reshape(*shapes[block[0]], *shapes[block[1]])
+            out[block] = full[lines, columns].reshape(*shapes[block[0]], *shapes[block[1]])
+            if rows is not None and block[0] != "e":
+                out[block] = out[block][list(rows)]
         return out
+
+    def _moment_rows(self, atoms, rows):
+        sites, _, _, m = self.evaluate(atoms, atoms.get_initial_magnetic_moments()[None])
+        slope = torch.autograd.grad(
+            sites.sum(), m, create_graph=True, allow_unused=True, materialize_grads=True
+        )[0][0]
+        if not slope.requires_grad:
+            return np.zeros((len(rows), 3, len(atoms), 3))
+        found = [
+            torch.autograd.grad(slope[i, a], m, retain_graph=True, allow_unused=True, materialize_grads=True)[0][0]
+            for i in rows
+            for a in range(3)
+        ]
+        return torch.stack(found).numpy().reshape(len(rows), 3, len(atoms), 3)
 
     def _energy_of(self, atoms, x):
         n = len(atoms)
