@@ -1,6 +1,5 @@
 """Exchange tensors of every pair from the transverse Hessian of a supercell, and what follows from them."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import BOLTZMANN
-from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
-from .protocol import STENCIL, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .errors import CalculatorError, MomentError, OptionError
+from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .spiral import primitive_cell
+from .supercell import SAME_DISTANCE, Pairs, Supercell, grown, tilts, transverse
 from .symmetry import Pattern, pattern_symmetry, shortest_rotation
 
 if TYPE_CHECKING:
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-STEP = 0.01
-"""Displacement of a moment in the central differences, µB."""
-GROWTH = 1.3
-CHUNK = 16
+CHUNK = 64
+"""Spin configurations evaluated at once."""
 SMALLEST_MOMENT = 0.01
 """A site with less, in µB, takes no part in the spin model."""
 CONES = (5.0, 20.0, 60.0, 180.0)
-SAME_DISTANCE = 1e-3
 LEVI_CIVITA = np.array(
     [[[0, 0, 0], [0, 0, 1], [0, -1, 0]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]], [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]],
     dtype=float,
@@ -77,108 +74,6 @@ class ExchangeOptions(Options):
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of magnetic sites, each counted from both ends.
-
-    Parameters
-    ----------
-    first, second : indices into the magnetic sites, shape (P,).
-    shift : lattice vector of the second, in units of the cell, shape (P, 3).
-    vector : from the first to the second, Å, shape (P, 3).
-    """
-
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
-    shift: NDArray[np.int64]
-    vector: Array
-
-    def keys(self) -> list[tuple[int, int, int, int, int]]:
-        """Return each pair as integers that name it."""
-        rows = np.column_stack([self.first, self.second, self.shift]).tolist()
-        return [(int(a), int(b), int(x), int(y), int(z)) for a, b, x, y, z in rows]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Hessian columns of the home cell at one direction of the pattern.
-
-    Parameters
-    ----------
-    blocks : T_i H_ij with H_ij = ∂²E/∂m_i∂m_j of home site i against every site of the supercell, shape (n, 2, M, 3).
-    along : B_i·e_i of the home sites, eV/µB, shape (n,).
-    """
-
-    blocks: Array
-    along: Array
-
-
-class Supercell:
-    """A supercell of repeated cells whose magnetic sites know where they came from.
-
-    Parameters
-    ----------
-    cell : the primitive cell.
-    sites : indices of its magnetic atoms.
-    repeats : cells along each vector.
-    """
-
-    def __init__(self, cell: Atoms, sites: NDArray[np.intp], repeats: tuple[int, int, int]) -> None:
-        self.cell, self.sites, self.repeats = cell, sites, repeats
-        shifts = np.array(list(itertools.product(*(range(r) for r in repeats))))
-        positions = (cell.positions[None] + (shifts @ cell.cell[:])[:, None]).reshape(-1, 3)
-        lattice = cell.cell[:] * np.array(repeats)[:, None]
-        self.atoms = Atoms(np.tile(cell.numbers, len(shifts)), positions=positions, cell=lattice, pbc=True)
-        self.shifts = shifts
-        n = len(cell)
-        self.magnetic = (np.arange(len(shifts))[:, None] * n + sites[None]).ravel()
-        heights = 1 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
-        self.radius = float(heights.min()) / 2
-
-    def tiled(self, moments: Array) -> Array:
-        """Return moments (n, 3) of the cell repeated over the supercell."""
-        return np.tile(moments, (len(self.shifts), 1))
-
-    def pairs(self) -> tuple[Pairs, NDArray[np.intp], NDArray[np.intp]]:
-        """Return the pairs with a unique nearest image, their columns among the magnetic sites, and the other columns.
-
-        The last are given as home site · M + column, M the number of magnetic sites of the supercell.
-        """
-        lattice, count = self.atoms.cell[:], len(self.sites)
-        home = self.cell.positions[self.sites]
-        images = np.array(list(itertools.product((-2, -1, 0, 1), repeat=3)))
-        first, second, shift, vector, columns, others = [], [], [], [], [], []
-        for i in range(count):
-            for column in range(len(self.magnetic)):
-                cell, j = divmod(column, count)
-                base = home[j] + self.shifts[cell] @ self.cell.cell[:] - home[i]
-                all_images = base + images @ lattice
-                lengths = np.linalg.norm(all_images, axis=1)
-                best = int(np.argmin(lengths))
-                if lengths[best] < 1e-6:
-                    continue
-                if lengths[best] < self.radius - SAME_DISTANCE:
-                    first.append(i)
-                    second.append(j)
-                    shift.append(self.shifts[cell] + images[best] * np.array(self.repeats))
-                    vector.append(all_images[best])
-                    columns.append(column)
-                else:
-                    others.append(i * len(self.magnetic) + column)
-        found = Pairs(
-            np.array(first, dtype=np.int64),
-            np.array(second, dtype=np.int64),
-            np.array(shift, dtype=np.int64).reshape(-1, 3),
-            np.array(vector).reshape(-1, 3),
-        )
-        return found, np.array(columns, dtype=np.intp), np.array(others, dtype=np.intp)
-
-
-def transverse(axis: Array) -> Array:
-    """Return two unit vectors across an axis, rows, shape (2, 3)."""
-    return np.asarray(np.linalg.svd(axis[None])[2][1:])
-
-
 class Exchange(Property):
     """J_ij of a collinear reference from the derivatives of the magnetic forces in a supercell."""
 
@@ -218,80 +113,11 @@ class Exchange(Property):
         return cell, pattern.along, pattern.axis
 
     def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Exchange":
-        """Grow the supercell until nothing is left beyond its unique images.
-
-        A pair farther than half the supercell is folded back into it. The sphere of unique images fills at most half of
-        the cell, so the neighbours of a far shell, folded back, do not all hide inside it.
-        """
-        calculator = members[0]
-        cell, along, axis = self._reference(atoms, calculator)
+        """Size the supercell."""
+        cell, along, axis = self._reference(atoms, members[0])
         sites = np.flatnonzero(np.abs(along) >= SMALLEST_MOMENT)
-        reach = getattr(calculator.calculator, "reach", None)
-        radius, done = self.options.radius, 0
-        repeats: tuple[int, int, int] | None = None
-        left, place = np.inf, 0.0
-        while True:
-            heights = 1 / np.linalg.norm(np.linalg.inv(cell.cell[:]), axis=0)
-            counts = [int(np.ceil(2 * (radius + 2 * SAME_DISTANCE) / h)) for h in heights]
-            wanted = (counts[0], counts[1], counts[2])
-            size = int(np.prod(wanted)) * len(cell)
-            if size > self.options.max_atoms:
-                last = f"; |J| of {left:.2g} of the largest is left at {place:.1f} Å" if repeats else ""
-                raise ConvergenceError(
-                    f"the exchange needs a supercell of {size} atoms for pairs within {radius:.1f} Å, above the limit "
-                    f"of {self.options.max_atoms}{last}; raise max_atoms, or tolerance"
-                )
-            if wanted != repeats:
-                repeats = wanted
-                progress("grow supercell", done, done + 1)
-                box = Supercell(cell, sites, repeats)
-                left, place = self._left(box, calculator, along, axis)
-                done += 1
-                progress("grow supercell", done, done)
-            if left <= self.options.tolerance or (reach is not None and box.radius > float(reach)):
-                return Exchange(self.options, repeats)
-            radius *= GROWTH
-
-    def _left(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> tuple[float, float]:
-        """Return the largest |J| beyond the unique images relative to the largest, and the distance it begins at."""
-        tensors = self._raw(box, calculator, along, axis)
-        _, _, others = box.pairs()
-        largest = np.abs(tensors).max()
-        if not len(others) or largest <= 0:
-            return 0.0, box.radius
-        flat = np.abs(tensors).reshape(-1, *tensors.shape[2:]).max(axis=(1, 2))
-        return float(flat[others].max() / largest), box.radius
-
-    def _raw(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> Array:
-        """Return transverse -½ |m_i||m_j| H_ij, eV, zero on the own site, shape (n, M, 2, 2)."""
-        columns = self._columns(box, calculator, along, axis)
-        across = transverse(axis)
-        n = len(box.sites)
-        length = along[box.sites]
-        everywhere = np.tile(length, len(box.shifts))
-        tensors = np.einsum("iajx,bx->ijab", columns.blocks, across)
-        tensors *= -0.5 * np.abs(length)[:, None, None, None] * np.abs(everywhere)[None, :, None, None]
-        tensors[np.arange(n), np.arange(n)] = 0.0
-        return tensors
-
-    def _columns(self, box: Supercell, calculator: SpinCalculator, along: Array, axis: Array) -> Columns:
-        moments = box.tiled(along[:, None] * axis)
-        across = transverse(axis)
-        batch = [moments]
-        for site, t, (k, _) in itertools.product(box.sites, across, STENCIL):
-            shifted = moments.copy()
-            shifted[site] += k * STEP * t
-            batch.append(shifted)
-        fields = []
-        for begin in range(0, len(batch), CHUNK):
-            found = calculator.evaluate_spins(box.atoms, np.array(batch[begin : begin + CHUNK]))
-            fields.append(found["magnetic_forces"])
-        field = np.concatenate(fields)[:, box.magnetic]
-        n = len(box.sites)
-        shifted_fields = field[1:].reshape(n, 2, len(STENCIL), -1, 3)
-        blocks = -np.einsum("k,iakjx->iajx", [w for _, w in STENCIL], shifted_fields) / STEP
-        signs = np.sign(along[box.sites])
-        return Columns(blocks, (field[0, :n] @ axis) * signs)
+        limits = self.options.radius, self.options.tolerance, self.options.max_atoms
+        return Exchange(self.options, grown(cell, sites, along[:, None] * axis, members[0], *limits, progress))
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute tensors, on-site terms, and what follows from them with one model."""
@@ -304,17 +130,16 @@ class Exchange(Property):
         soc = calculator.soc is not False
         symmetry = pattern_symmetry(cell, along, self.options.symprec, self.options.mag_symprec)
         axes = symmetry.frame if soc else axis[None]
-        signs, lengths = np.sign(along[sites]), np.abs(along[sites])
+        signs = np.sign(along[sites])
         total = len(box.magnetic)
-        weights = -0.5 * lengths[:, None] * np.tile(lengths, len(box.shifts))[None]
-
         left, largest = 0.0, 0.0
         designs, targets, fields = [], [], []
         for k, direction in enumerate(axes):
             progress("Hessian", k, len(axes))
-            columns = self._columns(box, calculator, along, direction)
             across = transverse(direction)
-            tensors = np.einsum("iajx,bx,ij->ijab", columns.blocks, across, weights)
+            frames = np.tile(across, (len(sites), 1, 1))
+            blocks, inward = tilts(box, calculator, along[:, None] * direction, frames)
+            tensors = -0.5 * blocks.transpose(0, 2, 1, 3)
             flat = tensors.reshape(-1, 2, 2)
             own = np.arange(len(sites))
             targets.append(flat[pairs.first * total + kept])
@@ -322,7 +147,7 @@ class Exchange(Property):
                 left = max(left, float(np.abs(flat[others]).max()))
             largest = max(largest, float(np.abs(targets[-1]).max(initial=0.0)))
             designs.append(np.kron(across, across))
-            fields.append((direction, across, tensors[own, own], columns.along))
+            fields.append((direction, across, tensors[own, own], inward))
         progress("Hessian", len(axes), len(axes))
         design, target = np.concatenate(designs), np.stack(targets, axis=1).reshape(len(kept), -1)
         if soc:
@@ -334,7 +159,7 @@ class Exchange(Property):
         misfit = np.abs(target - tensor.reshape(-1, 9) @ design.T).max(initial=0.0)
         symmetric = symmetrised(tensor, pairs, cell, sites, along, self.options.symprec, self.options.mag_symprec)
         removed = float(np.abs(symmetric - tensor).max(initial=0.0))
-        onsite, offset = self._onsite(fields, symmetric, pairs, signs, lengths, soc)
+        onsite, offset = self._onsite(fields, symmetric, pairs, signs, soc)
         onsite = symmetrised_sites(onsite, cell, sites, along, self.options.symprec, self.options.mag_symprec)
         model = SpinModel(cell, sites, pairs, symmetric, onsite)
         return self._dataset(model, box, calculator, along, axis, soc, left, misfit, removed, offset, progress)
@@ -345,7 +170,6 @@ class Exchange(Property):
         tensor: Array,
         pairs: Pairs,
         signs: Array,
-        lengths: Array,
         soc: bool,
     ) -> tuple[Array, Array]:
         """Solve the own blocks for A_i, traceless, and for what no bilinear model explains, eV.
@@ -367,10 +191,10 @@ class Exchange(Property):
         for site in range(count):
             mine = pairs.first == site
             rows, values = [], []
-            for direction, across, own, along in fields:
+            for direction, across, own, inward in fields:
                 partners = signs[site] * signs[pairs.second[mine]]
                 molecular = float(np.einsum("x,pxy,y,p->", direction, tensor[mine], direction, partners))
-                left = own[site] - 0.5 * lengths[site] * along[site] * np.eye(2) + molecular * np.eye(2)
+                left = own[site] + (molecular - 0.5 * inward[site]) * np.eye(2)
                 columns = [across @ b @ across.T - (direction @ b @ direction) * np.eye(2) for b in basis]
                 rows.append(np.array([c.ravel() for c in [*columns, np.eye(2)]]).T)
                 values.append(left.ravel())
@@ -563,8 +387,8 @@ class Exchange(Property):
             moments = np.tile(reference, (states, 1, 1))
             moments[:, box.magnetic] = spins * np.linalg.norm(reference[box.magnetic], axis=1)[None, :, None]
             actual = []
-            for begin in range(0, states, 4 * CHUNK):
-                part = moments[begin : begin + 4 * CHUNK]
+            for begin in range(0, states, CHUNK):
+                part = moments[begin : begin + CHUNK]
                 actual.append(calculator.evaluate_spins(box.atoms, part, magnetic_forces=False)["energy"])
             change = np.concatenate(actual) - start
             predicted = model.energy(spins, box) - start_model

@@ -88,31 +88,31 @@ class Waves:
     labels: list[tuple[str, float]]
 
 
-def primitive_cell(atoms: Atoms, along: Array, symprec: float, mag_symprec: float) -> tuple[Atoms, Array]:
-    """Return the smallest cell that repeats the crystal with the signed lengths of its moments.
+def primitive_cell(atoms: Atoms, moments: Array, symprec: float, mag_symprec: float) -> tuple[Atoms, Array]:
+    """Return the smallest cell that repeats the crystal with its moments.
 
     Parameters
     ----------
     atoms : the structure.
-    along : moments along their common axis in µB, shape (N,).
+    moments : in µB, shape (N, 3), or along their common axis, shape (N,).
     symprec, mag_symprec : tolerances in Å and µB.
 
     Returns
     -------
-    The cell, in the orientation of the structure, and its moments along the axis, shape (n,).
+    The cell, in the orientation of the structure, and its moments, shape (n, 3) or (n,).
     """
-    kinds: list[tuple[int, float]] = []
+    kinds: list[tuple[int, Array]] = []
     types = []
-    for number, moment in zip(atoms.numbers, along, strict=True):
-        match = [k for k, (z, m) in enumerate(kinds) if z == number and abs(m - moment) <= mag_symprec]
+    for number, moment in zip(atoms.numbers, moments, strict=True):
+        match = [k for k, (z, m) in enumerate(kinds) if z == number and np.abs(m - moment).max() <= mag_symprec]
         if not match:
-            kinds.append((int(number), float(moment)))
+            kinds.append((int(number), moment))
             match = [len(kinds) - 1]
         types.append(match[0] + 1)
     cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
     found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
     if found is None or len(found[2]) == len(atoms):
-        return bare(atoms), along
+        return bare(atoms), moments
     lattice, scaled, types = found
     small = Atoms([kinds[t - 1][0] for t in types], scaled_positions=scaled, cell=lattice, pbc=True)
     return small, np.array([kinds[t - 1][1] for t in types])

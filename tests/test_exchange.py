@@ -7,9 +7,10 @@ from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.errors import CalculatorError, ConvergenceError, MomentError, OptionError
-from mmace_props.exchange import Exchange, Pairs, SpinModel, Supercell
+from mmace_props.exchange import Exchange, SpinModel
 from mmace_props.protocol import with_moments
 from mmace_props.spiral import SpinSpiral
+from mmace_props.supercell import Pairs, Supercell
 from scipy.spatial.transform import Rotation
 
 from .toys import (

@@ -9,9 +9,10 @@ from ase import Atoms
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.errors import ConventionError, OptionError, OutputError
-from mmace_props.exchange import Exchange, Pairs, SpinModel, Supercell
+from mmace_props.exchange import Exchange, SpinModel
 from mmace_props.export import export, spin_table
 from mmace_props.protocol import with_moments
+from mmace_props.supercell import Pairs, Supercell
 
 from .test_exchange import chiral
 from .toys import DMI, CapableToy, Heisenberg, PseudoDipolar, Uniaxial

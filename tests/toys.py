@@ -445,9 +445,7 @@ class CapableToy(Toy):
 
     def _moment_rows(self, atoms, rows):
         sites, _, _, m = self.evaluate(atoms, atoms.get_initial_magnetic_moments()[None])
-        slope = torch.autograd.grad(
-            sites.sum(), m, create_graph=True, allow_unused=True, materialize_grads=True
-        )[0][0]
+        slope = torch.autograd.grad(sites.sum(), m, create_graph=True, allow_unused=True, materialize_grads=True)[0][0]
         if not slope.requires_grad:
             return np.zeros((len(rows), 3, len(atoms), 3))
         found = [

@@ -1,0 +1,275 @@
+"""Supercells whose sites know where they came from, and what the Hessian says about tilts of their moments."""
+
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from .base import Progress
+from .errors import ConvergenceError
+from .protocol import STENCIL, SpinCalculator, with_moments
+
+Array = NDArray[np.float64]
+
+STEP = 0.01
+"""Displacement of a moment in the central differences, µB."""
+GROWTH = 1.3
+CHUNK = 16
+SAME_DISTANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of magnetic sites, each counted from both ends.
+
+    Parameters
+    ----------
+    first, second : indices into the magnetic sites, shape (P,).
+    shift : lattice vector of the second, in units of the cell, shape (P, 3).
+    vector : from the first to the second, Å, shape (P, 3).
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    shift: NDArray[np.int64]
+    vector: Array
+
+    def keys(self) -> list[tuple[int, int, int, int, int]]:
+        """Return each pair as integers that name it."""
+        rows = np.column_stack([self.first, self.second, self.shift]).tolist()
+        return [(int(a), int(b), int(x), int(y), int(z)) for a, b, x, y, z in rows]
+
+
+class Supercell:
+    """A supercell of repeated cells whose magnetic sites know where they came from.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    sites : indices of its magnetic atoms.
+    repeats : cells along each vector.
+    """
+
+    def __init__(self, cell: Atoms, sites: NDArray[np.intp], repeats: tuple[int, int, int]) -> None:
+        self.cell, self.sites, self.repeats = cell, sites, repeats
+        shifts = np.array(list(itertools.product(*(range(r) for r in repeats))))
+        positions = (cell.positions[None] + (shifts @ cell.cell[:])[:, None]).reshape(-1, 3)
+        lattice = cell.cell[:] * np.array(repeats)[:, None]
+        self.atoms = Atoms(np.tile(cell.numbers, len(shifts)), positions=positions, cell=lattice, pbc=True)
+        self.shifts = shifts
+        n = len(cell)
+        self.magnetic = (np.arange(len(shifts))[:, None] * n + sites[None]).ravel()
+        heights = 1 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
+        self.radius = float(heights.min()) / 2
+
+    def tiled(self, moments: Array) -> Array:
+        """Return moments (n, 3) of the cell repeated over the supercell."""
+        return np.tile(moments, (len(self.shifts), 1))
+
+    def pairs(self) -> tuple[Pairs, NDArray[np.intp], NDArray[np.intp]]:
+        """Return the pairs with a unique nearest image, their columns among the magnetic sites, and the other columns.
+
+        The last are given as home site · M + column, M the number of magnetic sites of the supercell.
+        """
+        lattice, count = self.atoms.cell[:], len(self.sites)
+        home = self.cell.positions[self.sites]
+        images = np.array(list(itertools.product((-2, -1, 0, 1), repeat=3)))
+        first, second, shift, vector, columns, others = [], [], [], [], [], []
+        for i in range(count):
+            for column in range(len(self.magnetic)):
+                cell, j = divmod(column, count)
+                base = home[j] + self.shifts[cell] @ self.cell.cell[:] - home[i]
+                all_images = base + images @ lattice
+                lengths = np.linalg.norm(all_images, axis=1)
+                best = int(np.argmin(lengths))
+                if lengths[best] < 1e-6:
+                    continue
+                if lengths[best] < self.radius - SAME_DISTANCE:
+                    first.append(i)
+                    second.append(j)
+                    shift.append(self.shifts[cell] + images[best] * np.array(self.repeats))
+                    vector.append(all_images[best])
+                    columns.append(column)
+                else:
+                    others.append(i * len(self.magnetic) + column)
+        found = Pairs(
+            np.array(first, dtype=np.int64),
+            np.array(second, dtype=np.int64),
+            np.array(shift, dtype=np.int64).reshape(-1, 3),
+            np.array(vector).reshape(-1, 3),
+        )
+        return found, np.array(columns, dtype=np.intp), np.array(others, dtype=np.intp)
+
+    def images(self) -> "Images":
+        """Return every pair of a home site with a magnetic site of the supercell in all its nearest images."""
+        lattice, count = self.atoms.cell[:], len(self.sites)
+        home = self.cell.positions[self.sites]
+        steps = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=3)))
+        sizes = []
+        first, column, shift, weight = [], [], [], []
+        for i in range(count):
+            there = self.cell.positions[np.tile(self.sites, len(self.shifts))]
+            there = there + np.repeat(self.shifts, count, axis=0) @ self.cell.cell[:] - home[i]
+            sizes = np.linalg.norm(there[:, None] + (steps @ lattice)[None], axis=2)
+            near = sizes < sizes.min(axis=1, keepdims=True) + SAME_DISTANCE
+            columns, which = np.nonzero(near)
+            first.append(np.full(len(columns), i))
+            column.append(columns)
+            shift.append(self.shifts[columns // count] + steps[which] * np.array(self.repeats))
+            weight.append(1 / near.sum(axis=1)[columns])
+        return Images(*(np.concatenate(x) for x in (first, column, shift, weight)))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Nearest images of the pairs between the home cell and a supercell.
+
+    Parameters
+    ----------
+    first : home site, shape (K,).
+    column : magnetic site of the supercell, shape (K,).
+    shift : cell of the image, in lattice vectors of the home cell, shape (K, 3).
+    weight : one over the number of equally near images, shape (K,).
+    """
+
+    first: NDArray[np.int64]
+    column: NDArray[np.int64]
+    shift: NDArray[np.int64]
+    weight: Array
+
+
+def transverse(axis: Array) -> Array:
+    """Return two unit vectors x, y across an axis with x × y along it, rows, shape (2, 3)."""
+    x, y = np.linalg.svd(axis[None])[2][1:]
+    return np.array([x, y if np.cross(x, y) @ axis > 0 else -y])
+
+
+def tilts(
+    box: Supercell, calculator: SpinCalculator, moments: Array, across: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the second derivatives of E by tilts of the moments of the home cell and of any other.
+
+    A tilt z = (x, y) turns e to ``x a + y b + sqrt(1 - z²) e``, |m| kept. Rows of the Hessian come from the calculator
+    where it gives rows, and from central differences of fourth order of the magnetic forces where not.
+
+    Parameters
+    ----------
+    box : the supercell.
+    calculator : a single model.
+    moments : of the home cell in µB, shape (N, 3).
+    across : vectors a, b of every magnetic site, shape (n, 2, 3); by default `transverse` of the moments.
+
+    Returns
+    -------
+    ``|m_i||m_j| t_i·H_ij·t_j`` in eV, without what the sphere adds to the own block, shape (n, 2, M, 2); and that,
+    ``|m_i| B_i·e_i`` with the magnetic force B, in eV, shape (n,).
+    """
+    own = moments[box.sites]
+    lengths = np.linalg.norm(own, axis=1)
+    units = own / lengths[:, None]
+    frames = np.array([transverse(e) for e in units]) if across is None else across
+    repeated = box.tiled(moments)
+    if knows_rows(calculator):
+        atoms = with_moments(box.atoms, repeated)
+        rows = calculator.hessian(atoms, ("mm",), rows=box.sites.tolist())["mm"][:, :, box.magnetic]
+        blocks = np.einsum("iax,ixjy->iajy", frames, rows)
+        field = calculator.evaluate_spins(box.atoms, repeated[None])["magnetic_forces"][0][box.sites]
+    else:
+        blocks, field = _differences(box, calculator, repeated, frames)
+    count = len(box.shifts)
+    result = np.einsum("iajy,jby->iajb", blocks, np.tile(frames, (count, 1, 1)))
+    result *= lengths[:, None, None, None] * np.tile(lengths, count)[None, None, :, None]
+    return result, lengths * np.einsum("ix,ix->i", field, units)
+
+
+def knows_rows(calculator: SpinCalculator) -> bool:
+    """Say whether the calculator itself gives the rows of single atoms of its Hessian."""
+    return calculator.has("hessian") and "rows" in inspect.signature(calculator.calculator.hessian).parameters
+
+
+def _differences(box: Supercell, calculator: SpinCalculator, moments: Array, frames: Array) -> tuple[Array, Array]:
+    """Return T_i H_ij, shape (n, 2, M, 3), and the magnetic forces of the home cell from differences."""
+    batch = [moments]
+    for site, frame in zip(box.sites, frames, strict=True):
+        for t, (k, _) in itertools.product(frame, STENCIL):
+            shifted = moments.copy()
+            shifted[site] += k * STEP * t
+            batch.append(shifted)
+    parts = []
+    for begin in range(0, len(batch), CHUNK):
+        found = calculator.evaluate_spins(box.atoms, np.array(batch[begin : begin + CHUNK]))
+        parts.append(found["magnetic_forces"])
+    field = np.concatenate(parts)[:, box.magnetic]
+    n = len(box.sites)
+    shifted_fields = field[1:].reshape(n, 2, len(STENCIL), -1, 3)
+    blocks = -np.einsum("k,iakjx->iajx", [w for _, w in STENCIL], shifted_fields) / STEP
+    return blocks, field[0, :n]
+
+
+def grown(
+    cell: Atoms,
+    sites: NDArray[np.intp],
+    moments: Array,
+    calculator: SpinCalculator,
+    radius: float,
+    tolerance: float,
+    max_atoms: int,
+    progress: Progress,
+) -> tuple[int, int, int]:
+    """Return the repeats of a supercell that leaves nothing beyond its unique images.
+
+    A pair farther than half the supercell is folded back into it. The sphere of unique images fills at most half of
+    the cell, so the neighbours of a far shell, folded back, do not all hide inside it.
+
+    Parameters
+    ----------
+    cell, sites, moments : the primitive cell, its magnetic atoms and its moments in µB, shape (N, 3).
+    calculator : a single model; where it states its `reach`, a supercell beyond that is enough.
+    radius : least distance within which pairs are wanted, Å.
+    tolerance : largest |J| that may be left, relative to the largest.
+    max_atoms : largest supercell.
+    progress : told about every supercell.
+
+    Raises
+    ------
+    ConvergenceError : the supercell would exceed `max_atoms`.
+    """
+    reach = getattr(calculator.calculator, "reach", None)
+    done = 0
+    repeats: tuple[int, int, int] | None = None
+    left, place = np.inf, 0.0
+    while True:
+        heights = 1 / np.linalg.norm(np.linalg.inv(cell.cell[:]), axis=0)
+        counts = [int(np.ceil(2 * (radius + 2 * SAME_DISTANCE) / h)) for h in heights]
+        wanted = (counts[0], counts[1], counts[2])
+        size = int(np.prod(wanted)) * len(cell)
+        if size > max_atoms:
+            last = f"; |J| of {left:.2g} of the largest is left at {place:.1f} Å" if repeats else ""
+            raise ConvergenceError(
+                f"the exchange needs a supercell of {size} atoms for pairs within {radius:.1f} Å, above the limit "
+                f"of {max_atoms}{last}; raise max_atoms, or tolerance"
+            )
+        if wanted != repeats:
+            repeats = wanted
+            progress("grow supercell", done, done + 1)
+            box = Supercell(cell, sites, repeats)
+            left, place = _left(box, calculator, moments), box.radius
+            done += 1
+            progress("grow supercell", done, done)
+        if left <= tolerance or (reach is not None and box.radius > float(reach)):
+            return repeats
+        radius *= GROWTH
+
+
+def _left(box: Supercell, calculator: SpinCalculator, moments: Array) -> float:
+    """Return the largest coupling beyond the unique images relative to the largest."""
+    blocks, _ = tilts(box, calculator, moments)
+    own = np.arange(len(box.sites))
+    blocks[own, :, own] = 0.0
+    sizes = np.abs(blocks).max(axis=(1, 3))
+    _, _, others = box.pairs()
+    largest = float(sizes.max(initial=0.0))
+    return float(sizes.ravel()[others].max() / largest) if len(others) and largest > 0 else 0.0
