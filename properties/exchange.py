@@ -16,7 +16,7 @@ from .errors import CalculatorError, MomentError, OptionError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .spiral import primitive_cell
 from .supercell import SAME_DISTANCE, Pairs, Supercell, grown, tilts, transverse
-from .symmetry import Pattern, pattern_symmetry, shortest_rotation
+from .symmetry import Pattern, band_path, pattern_symmetry, shortest_rotation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,7 +229,7 @@ class Exchange(Property):
         distance = np.linalg.norm(pairs.vector, axis=1)
         shells = model.shells()
         symbols = np.array(cell.get_chemical_symbols())
-        q, position, labels = self._path(cell)
+        q, position, labels = band_path(cell, self.options.path, self.options.points)
         eigen = np.array([np.linalg.eigvalsh(model.isotropic_at(x))[-1] for x in q])
         zero = model.isotropic_at(np.zeros(3)).real
         strongest = float(np.linalg.eigvalsh(zero)[-1])
@@ -318,15 +318,6 @@ class Exchange(Property):
                 f"{(eigen[best] - strongest) * milli:.3g} meV"
             )
         return xr.Dataset(data, coords, attrs)
-
-    def _path(self, cell: Atoms) -> tuple[Array, Array, list[tuple[str, float]]]:
-        try:
-            path = cell.cell.bandpath(None if self.options.path == "auto" else self.options.path, self.options.points)
-        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-            raise OptionError(f"no path '{self.options.path}' in this lattice; give other points") from error
-        position, places, names = path.get_linear_kpoint_axis()
-        labels = [(str(n), 2 * np.pi * float(x)) for n, x in zip(names, places, strict=True)]
-        return np.asarray(path.kpts, dtype=float), 2 * np.pi * np.asarray(position, dtype=float), labels
 
     def _rpa(self, model: "SpinModel", signs: Array) -> float:
         """Return the RPA Curie temperature of one ferromagnetic sublattice, K: k_B T = ⅔ / <1/(J(0) - J(q))>."""

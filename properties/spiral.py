@@ -23,7 +23,7 @@ from .protocol import (
     moments_of,
     with_moments,
 )
-from .symmetry import Pattern, pattern_symmetry
+from .symmetry import Pattern, band_path, pattern_symmetry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,15 +154,7 @@ class SpinSpiral(Property):
             steps = np.arange(-4, 5) / 8
             q = np.concatenate([np.outer(steps, unit) for unit in np.eye(3)])
             return Waves(q, np.arange(len(q), dtype=float), [])
-        try:
-            path = cell.cell.bandpath(None if self.options.path == "auto" else self.options.path, self.options.points)
-        except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-            reason, wanted = " ".join(str(error).split()), self.options.path
-            raise OptionError(f"no path '{wanted}' in this lattice ({reason}); give other points, or q") from error
-        position, places, names = path.get_linear_kpoint_axis()
-        scale = 2 * np.pi
-        labels = [(str(n), float(x) * scale) for n, x in zip(names, places, strict=True)]
-        return Waves(np.asarray(path.kpts, dtype=float), np.asarray(position, dtype=float) * scale, labels)
+        return Waves(*band_path(cell, self.options.path, self.options.points))
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute E(q), moments, and the lowest spiral with one model."""

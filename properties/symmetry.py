@@ -8,7 +8,7 @@ import spglib
 from ase import Atoms
 from numpy.typing import NDArray
 
-from .errors import StructureError
+from .errors import OptionError, StructureError
 
 Array = NDArray[np.float64]
 
@@ -193,3 +193,31 @@ def orbit(axis: Array, rotations: Array) -> Array:
         if not any(abs(abs(image @ f) - 1) < ANGLE for f in found):
             found.append(_positive(image))
     return np.array(found)
+
+
+def band_path(cell: Atoms, path: str, points: int) -> tuple[Array, Array, list[tuple[str, float]]]:
+    """Return wave vectors along a path through special points of a lattice.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    path : special points such as ``GHPGN``; ``auto`` is the path of the Bravais lattice.
+    points : number of wave vectors.
+
+    Returns
+    -------
+    Wave vectors in the reciprocal lattice of the cell, shape (Q, 3); their places along the path in 1/Å, shape (Q,);
+    names of the special points with their places.
+
+    Raises
+    ------
+    OptionError : the lattice has no such path.
+    """
+    try:
+        found = cell.cell.bandpath(None if path == "auto" else path, points)
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"no path '{path}' in this lattice ({reason}); give other points") from error
+    position, places, names = found.get_linear_kpoint_axis()
+    labels = [(str(n), 2 * np.pi * float(x)) for n, x in zip(names, places, strict=True)]
+    return np.asarray(found.kpts, dtype=float), 2 * np.pi * np.asarray(position, dtype=float), labels
