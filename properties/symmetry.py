@@ -7,6 +7,7 @@ import numpy as np
 import spglib
 from ase import Atoms
 from numpy.typing import NDArray
+from scipy.linalg import sqrtm
 
 from .errors import OptionError, StructureError
 
@@ -221,3 +222,116 @@ def band_path(cell: Atoms, path: str, points: int) -> tuple[Array, Array, list[t
     position, places, names = found.get_linear_kpoint_axis()
     labels = [(str(n), 2 * np.pi * float(x)) for n, x in zip(names, places, strict=True)]
     return np.asarray(found.kpts, dtype=float), 2 * np.pi * np.asarray(position, dtype=float), labels
+
+
+@dataclass(frozen=True)
+class SiteSymmetry:
+    """Operations that keep a crystal with its moments, as they act on atoms and Cartesian tensors.
+
+    Parameters
+    ----------
+    rotations : orthogonal matrices, proper or not, Cartesian, shape (G, 3, 3).
+    images : atom that each atom is taken to, shape (G, N).
+    integer, translations : the operations on fractional coordinates, shapes (G, 3, 3) and (G, 3).
+    group : what the operations keep, in words.
+    """
+
+    rotations: Array
+    images: NDArray[np.int64]
+    integer: NDArray[np.int64]
+    translations: Array
+    group: str
+
+    def vectors(self, values: Array) -> Array:
+        """Average polar vectors of the atoms over the group, shape (N, 3)."""
+        mean = np.zeros_like(values)
+        for rotation, image in zip(self.rotations, self.images, strict=True):
+            mean[image] += values @ rotation.T
+        return mean / len(self.rotations)
+
+    def tensor(self, value: Array) -> Array:
+        """Average a Cartesian tensor of any even rank over the group."""
+        mean = np.zeros_like(value)
+        for rotation in self.rotations:
+            turned = value
+            for axis in range(value.ndim):
+                turned = np.moveaxis(np.tensordot(rotation, turned, axes=(1, axis)), 0, axis)
+            mean += turned
+        return mean / len(self.rotations)
+
+    def structure(self, atoms: Atoms) -> Atoms:
+        """Return the structure with cell and positions made exactly symmetric, without turning it."""
+        lattice, scaled = atoms.cell[:], atoms.get_scaled_positions(wrap=False)
+        metric = np.mean([w.T @ (lattice @ lattice.T) @ w for w in self.integer], axis=0)
+        inverse = np.linalg.inv(lattice)
+        stretch = sqrtm(inverse @ metric @ inverse.T).real
+        mean = np.zeros_like(scaled)
+        for w, t, image in zip(self.integer, self.translations, self.images, strict=True):
+            moved = scaled @ w.T + t
+            mean[image] += moved - np.round(moved - scaled[image])
+        copy = atoms.copy()
+        copy.set_cell(lattice @ stretch)
+        copy.set_scaled_positions(mean / len(self.images))
+        return copy
+
+
+def site_symmetry(atoms: Atoms, moments: Array, soc: bool, symprec: float, mag_symprec: float) -> SiteSymmetry:
+    """Find the operations that keep a crystal with its moments.
+
+    Without spin-orbit coupling a collinear pattern turns freely, so every rotation counts that keeps it up to a global
+    sign; otherwise those of the magnetic space group.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    moments : shape (N, 3), µB.
+    soc : whether moments are tied to the lattice.
+    symprec, mag_symprec : tolerances in Å and µB.
+
+    Raises
+    ------
+    StructureError : spglib finds no symmetry at this tolerance.
+    """
+    free = not soc and bool(np.abs(moments).max(initial=0.0) <= mag_symprec)
+    pattern = None if soc or free else Pattern.of(moments)
+    collinear = free or (pattern is not None and pattern.collinear)
+    spins = (np.zeros(len(atoms)) if pattern is None else pattern.along) if collinear else moments
+    lattice, scaled = atoms.cell[:], atoms.get_scaled_positions(wrap=False)
+    found = spglib.get_magnetic_symmetry(
+        (lattice, scaled, atoms.numbers, spins), symprec=symprec, mag_symprec=mag_symprec, is_axial=not collinear
+    )
+    if found is None:
+        raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
+    integer, translations = np.asarray(found["rotations"], dtype=np.int64), np.asarray(found["translations"])
+    rotations, images = [], []
+    for w, t in zip(integer, translations, strict=True):
+        apart = (scaled @ w.T + t)[:, None] - scaled[None]
+        distance = np.linalg.norm((apart - np.round(apart)) @ lattice, axis=2)
+        distance[atoms.numbers[:, None] != atoms.numbers[None]] = np.inf
+        images.append(distance.argmin(axis=1))
+        u, _, v = np.linalg.svd(lattice.T @ w @ np.linalg.inv(lattice.T))
+        rotations.append(u @ v)
+    names = {True: "rotations that keep the collinear pattern up to its sign", False: "magnetic space group"}
+    return SiteSymmetry(np.array(rotations), np.array(images), integer, translations, names[collinear])
+
+
+def lattice_frame(atoms: Atoms, rotations: Array, symprec: float) -> tuple[str, Array]:
+    """Return the crystal system of a point group and the lattice's own axes.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    rotations : Cartesian, shape (G, 3, 3).
+    symprec : tolerance in Å.
+
+    Returns
+    -------
+    The system, and orthonormal right-handed rows x', y', z'; cubic axes where cubic, z' the principal one elsewhere.
+    """
+    cell = (atoms.cell[:], atoms.get_scaled_positions(), atoms.numbers)
+    primitive = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    distinct: list[Array] = []
+    for rotation in rotations:
+        if not any(np.abs(rotation - other).max() < ANGLE for other in distinct):
+            distinct.append(rotation)
+    return _frame(np.array(distinct), atoms.cell[:] if primitive is None else np.asarray(primitive[0]))
