@@ -220,8 +220,8 @@ def band_path(cell: Atoms, path: str, points: int) -> tuple[Array, Array, list[t
         reason = " ".join(str(error).split())
         raise OptionError(f"no path '{path}' in this lattice ({reason}); give other points") from error
     position, places, names = found.get_linear_kpoint_axis()
-    labels = [(str(n), 2 * np.pi * float(x)) for n, x in zip(names, places, strict=True)]
-    return np.asarray(found.kpts, dtype=float), 2 * np.pi * np.asarray(position, dtype=float), labels
+    labels = [(str(n), float(x)) for n, x in zip(names, places, strict=True)]
+    return np.asarray(found.kpts, dtype=float), np.asarray(position, dtype=float), labels
 
 
 @dataclass(frozen=True)

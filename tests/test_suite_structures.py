@@ -17,7 +17,7 @@ from mmace_props.structures import (
     read_structure,
     start_structure,
 )
-from mmace_props.symmetry import orbit, pattern_symmetry
+from mmace_props.symmetry import band_path, orbit, pattern_symmetry
 
 from .toys import CapableToy, Heisenberg, Landau, Toy
 
@@ -237,6 +237,17 @@ def test_symmetry_of_patterns(cell, signs, system):
         assert len(orbit(np.array([0, 0, 1.0]), found.rotations)) == 3
     if system in ("hexagonal", "tetragonal"):
         np.testing.assert_allclose(np.abs(found.frame[2]), [0, 0, 1], atol=1e-8)
+
+
+def test_path_is_measured_in_radians_per_angstrom():
+    """Γ to H of a bcc lattice is 2π/a long, and every step along it as long as its wave vector says."""
+    cell = bulk("Fe", a=2.83)
+    q, position, labels = band_path(cell, "GHN", 30)
+    assert dict(labels)["H"] == pytest.approx(2 * np.pi / 2.83)
+    steps = np.linalg.norm(np.diff(q, axis=0) @ cell.cell.reciprocal()[:], axis=1) * 2 * np.pi
+    np.testing.assert_allclose(np.diff(position), steps, atol=1e-12)
+    with pytest.raises(OptionError, match="no path 'XYZW'"):
+        band_path(cell, "XYZW", 30)
 
 
 def test_formula_keeps_the_order_of_the_elements():
