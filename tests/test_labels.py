@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -504,6 +505,25 @@ def test_sampling_splits_by_parent_and_names_its_faults() -> None:
     broken = {**family, "parents": [{"moments": [[0.5, 0.5]]}]}
     with pytest.raises(LabelError, match=r"family 'x'.*2 moments for 1 carriers"):
         expand({**data, "families": [broken]})
+
+
+def test_start_and_delay_move_a_family_and_change_nothing_else() -> None:
+    recipe = {"name": "r", "engine": "abinit", "carriers": ["Fe"], "settings": SETTINGS}
+    lattice = {"type": "bcc", "species": ["Fe"], "a": 2.83}
+    parents = [{"scale": 1 + k / 100, "moments": [2.2]} for k in range(20)]
+    families = [{"tag": tag, "lattice": lattice, "parents": parents} for tag in ("a", "b")]
+    by_name = attrgetter("name")
+
+    def jobs(**changes: float) -> list[Job]:
+        data = {"name": "s", "seed": 0, "recipe": recipe, "families": [families[0], {**families[1], **changes}]}
+        return list(expand(data).jobs)
+
+    usual, late, early = ([job.name for job in jobs(**changes)] for changes in ({}, {"start": 0.5}, {"delay": 0.5}))
+    assert {name[0] for name in usual[:5]} == {"a", "b"}
+    assert all(name.startswith("b") for name in late[-10:])
+    assert not any(name.startswith("b") for name in late[:9])
+    assert all(name.startswith("a") for name in early[-9:])
+    assert sorted(jobs(start=0.5, delay=0.5), key=by_name) == sorted(jobs(), key=by_name)
 
 
 def test_splits_refuse_a_parent_in_two(tmp_path: Path) -> None:

@@ -53,8 +53,9 @@ def expand(data: Mapping[str, Any]) -> Plan:
     """Plan of a sampling: parents split, jobs shuffled within families and interleaved.
 
     `k_spacing` (1/Å, of the sampling or of a family) fixes each job's mesh; without it the engine takes its mesh from
-    the recipe. Parents of families marked `train_only` (undistorted reference crystals) are always trained on; of the
-    others 15 % go to the test split and 10 % to the validation split.
+    the recipe. A family's jobs are spread evenly over the plan from `start` (0) to `start` + `delay` (1), where 1 is the
+    end of a family with neither; both leave the splits alone. Parents of families marked `train_only` (undistorted
+    reference crystals) are always trained on; of the others 15 % go to the test split and 10 % to the validation split.
 
     Raises
     ------
@@ -72,7 +73,7 @@ def expand(data: Mapping[str, Any]) -> Plan:
     for number, family in enumerate(families):
         try:
             jobs = _family_jobs(family, recipe.carriers, rng, owed)
-            delay = float(family.get("delay", 1.0))
+            start, delay = float(family.get("start", 0.0)), float(family.get("delay", 1.0))
             spacing = family.get("k_spacing", data.get("k_spacing"))
             if spacing is not None:
                 mesh = anisotropy_mesh if recipe.engine == "gpaw-soc" else fixed_mesh
@@ -81,7 +82,7 @@ def expand(data: Mapping[str, Any]) -> Plan:
             tag = family.get("tag", number) if isinstance(family, Mapping) else number
             raise LabelError(f"family {tag!r} of the sampling {name!r} cannot be understood: {error}") from None
         order = rng.permutation(len(jobs))
-        keyed += [(delay * (k + rng.random()) / len(jobs), number, jobs[i]) for k, i in enumerate(order)]
+        keyed += [(start + delay * (k + rng.random()) / len(jobs), number, jobs[i]) for k, i in enumerate(order)]
     keyed.sort(key=lambda entry: entry[:2])
     return Plan(name, recipe, tuple(job for _, _, job in keyed))
 
