@@ -53,9 +53,10 @@ def expand(data: Mapping[str, Any]) -> Plan:
     """Plan of a sampling: parents split, jobs shuffled within families and interleaved.
 
     `k_spacing` (1/Å, of the sampling or of a family) fixes each job's mesh; without it the engine takes its mesh from
-    the recipe. A family's jobs are spread evenly over the plan from `start` (0) to `start` + `delay` (1), where 1 is the
-    end of a family with neither; both leave the splits alone. Parents of families marked `train_only` (undistorted
-    reference crystals) are always trained on; of the others 15 % go to the test split and 10 % to the validation split.
+    the recipe. A family's jobs are spread evenly over the plan from `start` (0) to `start` + `delay` (1), where 1 is
+    the end of a family with neither; both leave the splits alone. Parents of families marked `train_only` (undistorted
+    reference crystals) are always trained on; of the others 15 % go to the test split and 10 % to the validation
+    split.
 
     Raises
     ------
