@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import LabelError
@@ -22,6 +23,7 @@ from .run import GPAW_VARIABLE, find_programs, run_plan
 from .sampling import read_sampling
 
 WORK = "labels-work"
+SPREADS = ("energy", "forces", "magnetic_forces")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,6 +41,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     splits.add_argument("--given", help="JSON file with the splits of parents that come with no plan")
     splits.add_argument("-o", "--output", required=True, help="JSON file to write")
     splits.set_defaults(run=_splits)
+
+    propose = actions.add_parser("propose", help="plan what to label next: where the members of a committee disagree")
+    propose.add_argument("labels", nargs="+", help="label files to start from (those of training parents are used)")
+    propose.add_argument("--splits", required=True, help="JSON file with the parents of train, valid and test")
+    propose.add_argument("--recipe", required=True, help="plan file whose recipe the new plan gets")
+    propose.add_argument("--model", default="default", help="committee: shipped name or .json (default %(default)s)")
+    propose.add_argument("--count", type=int, default=40, help="labels to propose (default %(default)s)")
+    propose.add_argument("--candidates", type=int, default=400, help="structures to choose from (default %(default)s)")
+    propose.add_argument("--per-parent", type=int, default=3, help="most proposals from one parent (%(default)s)")
+    propose.add_argument("--max-atoms", type=int, default=8, help="largest structure (default %(default)s)")
+    propose.add_argument("--seed", type=int, default=0, help="of the random candidates (default %(default)s)")
+    propose.add_argument("--threads", type=int, default=1, help="CPU threads; more seldom help (default %(default)s)")
+    propose.add_argument("--report", help="JSON file for what was chosen and why")
+    propose.add_argument("-o", "--output", required=True, help="plan file to write; its name names the plan")
+    propose.set_defaults(run=_propose)
 
     run = actions.add_parser("run", help="run the jobs of a plan that have no result yet; stop and start at any time")
     _add_run_options(run)
@@ -95,6 +112,45 @@ def _splits(args: argparse.Namespace) -> int:
     write_splits(args.output, [read_plan(path) for path in args.plans], given)
     counts = read_splits(args.output)
     print(f"{args.output}: " + ", ".join(f"{len(parents)} {split}" for split, parents in counts.items()) + " parents")
+    return 0
+
+
+def _propose(args: argparse.Namespace) -> int:
+    import torch  # takes seconds, which the other actions spare
+
+    from .proposals import as_json, propose, read_models
+
+    for name in ("count", "candidates", "per_parent", "max_atoms", "threads"):
+        if getattr(args, name) < 1:
+            raise LabelError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    torch.set_num_threads(args.threads)
+    splits = read_splits(args.splits)
+    frames = [atoms for path in args.labels for atoms in read_labels(path)]
+    models = read_models(args.model)
+    with Progress(TextColumn("candidates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        bar = progress.add_task("", total=args.candidates)
+        plan, chosen = propose(
+            frames,
+            splits["train"],
+            models,
+            read_plan(args.recipe).recipe,
+            Path(args.output).stem,
+            args.count,
+            args.candidates,
+            args.per_parent,
+            args.max_atoms,
+            args.seed,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    write_plan(args.output, plan)
+    if args.report:
+        write_text(args.report, as_json(chosen, plan))
+    rows = [
+        (job.name, c.parent, c.origin, *(f"{1e3 * (c.spread or {})[key]:.1f}" for key in SPREADS))
+        for job, c in zip(plan.jobs, chosen, strict=True)
+    ]
+    _print_table(["job", "parent", "origin", "σ_E meV/atom", "σ_F meV/Å", "σ_m meV/µB"], rows)
+    print(f"{args.output}: {len(plan.jobs)} jobs; run them with `mmace label run {args.output}`")
     return 0
 
 
