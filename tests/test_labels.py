@@ -23,7 +23,7 @@ from ase.io import read
 from mmace.cli import main
 from mmace.errors import LabelError, MissingProgramError
 from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
-from mmace.labels.check import compare_differences, difference_plan
+from mmace.labels.check import compare_differences, compare_labels, difference_plan, refined_plan
 from mmace.labels.files import check_checksums, read_labels, write_checksums, write_labels
 from mmace.labels.gate import collect, fingerprint, job_frames, judge
 from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, read_splits, write_plan, write_splits
@@ -413,6 +413,47 @@ def test_differences_of_canted_moments_turn_them_too() -> None:
     plan = difference_plan(Plan("test", NONCOLLINEAR, (iron(),)), "canted")
     plus = next(job for job in plan.jobs if job.name == "transverse-plus")
     assert plus.moments[0] == pytest.approx((0.05, 0, 2.2))
+
+
+def test_refined_plan_keeps_jobs_and_refuses_coarser_meshes() -> None:
+    plan = Plan("test", COLLINEAR, (feal("a"), feal("b"), feal("c")))
+    fine = refined_plan(plan, ["c", "a"], 0.18)
+    assert [job.name for job in fine.jobs] == ["c", "a"]
+    assert fine.settings(fine.jobs[0])["kmesh"] == [13, 13, 13]
+    assert replace(fine.jobs[1], settings={}) == plan.jobs[0]
+    with pytest.raises(LabelError, match=r"job 'a'.*smaller"):
+        refined_plan(plan, ["a"], 0.26)
+    with pytest.raises(LabelError, match="no job 'x'"):
+        refined_plan(plan, ["x"], 0.18)
+
+
+def test_comparison_of_two_label_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("test", COLLINEAR, (feal("a"), feal("b", shift=0.07)))
+    frames, others = [], []
+    for job, shift in zip(plan.jobs, (0.002, 0.006), strict=True):
+        result = good_result()
+        frames += job_frames(plan, job, result)
+        changed = {
+            "energy": result["energy"] - shift,
+            "forces": result["forces"] + np.array([[0, 0, 0.003], [0, 0, -0.003]]),
+            "stress": np.array(result["stress"]) + 1e-3,
+            "magnetic_forces": np.array(result["magnetic_forces"]) + shift,
+        }
+        others += job_frames(plan, job, {**result, **changed})
+    rows = {row[0]: row for row in compare_labels(frames, others)}
+    assert rows["energy, mean"][2:] == ("2.000", "", "meV/atom")
+    assert rows["energy"][1:] == ("2", "1.000", "1.000", "meV/atom")
+    assert rows["forces"][1:] == ("12", f"{3 / np.sqrt(3):.3f}", "3.000", "meV/Å")
+    assert rows["stress"][1:] == ("12", "0.160", "0.160", "GPa")
+    assert rows["magnetic forces"][1:] == ("6", f"{np.sqrt(20):.3f}", "6.000", "meV/µB")
+    others[1].positions[1] += 0.01
+    with pytest.raises(LabelError, match=r"'b'.*differ"):
+        compare_labels(frames, others)
+    with pytest.raises(LabelError, match="no frame"):
+        compare_labels(frames[:1], others[1:])
+    write_labels(tmp_path / "a.extxyz", frames)
+    assert main(["label", "compare", str(tmp_path / "a.extxyz"), str(tmp_path / "a.extxyz")]) == 0
+    assert "meV/µB" in capsys.readouterr().out
 
 
 # Programs and data sets

@@ -1,4 +1,4 @@
-"""Checks of a recipe: labels made again, and analytic derivatives against differences of energies."""
+"""Checks of a recipe: labels made again, finer meshes, and analytic derivatives against differences of energies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from ase.units import GPa
 
 from ..errors import LabelError
 from .abinit import kpoint_mesh
-from .gate import judge
+from .gate import MOMENT_TOLERANCE, judge
 from .plan import Job, Plan, make_job
 from .run import read_result
 
 STEPS = {"force": 0.01, "stress": 0.005, "magnetic": 0.05}
+COMPARED = {
+    "energy": ("energy", 1e-3, "meV/atom"),
+    "forces": ("forces", 1e-3, "meV/Å"),
+    "stress": ("stress", GPa, "GPa"),
+    "magnetic_forces": ("magnetic forces", 1e-3, "meV/µB"),
+}
 
 
 def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[str]) -> Plan:
@@ -58,6 +64,86 @@ def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atom
     return rows
 
 
+def refined_plan(plan: Plan, names: Sequence[str], spacing: float) -> Plan:
+    """Plan that runs jobs of an ABINIT plan again on a finer mesh.
+
+    Parameters
+    ----------
+    plan : Plan
+    names : sequence of str
+        Jobs of the plan.
+    spacing : float
+        Largest distance between neighbours in the mesh, 1/Å.
+
+    Returns
+    -------
+    Plan
+        The jobs keep their names, so that `compare_labels` finds the pairs.
+
+    Raises
+    ------
+    LabelError
+        Names the job that the plan does not have, or whose mesh would be no finer.
+    """
+    if plan.recipe.engine != "abinit":
+        raise LabelError(f"the plan {plan.name!r} is not for ABINIT; finer meshes are made of ABINIT plans")
+    jobs = []
+    for name in names:
+        job = _find_job(plan, name)
+        settings, cell = plan.settings(job), np.array(job.cell)
+        mesh, before = kpoint_mesh(cell, spacing), settings.get("kmesh") or kpoint_mesh(cell, settings["k_spacing"])
+        if np.prod(mesh) <= np.prod(before):
+            raise LabelError(f"job {name!r} of {plan.name!r} has as fine a mesh already; make the spacing smaller")
+        jobs.append(replace(job, settings={**job.settings, "kmesh": list(mesh)}))
+    return Plan(f"{plan.name}-refined", plan.recipe, tuple(jobs))
+
+
+def compare_labels(first: Sequence[Atoms], second: Sequence[Atoms]) -> list[tuple[str, ...]]:
+    """Differences between labels of the same names in two files, as root mean squares and largest values.
+
+    Energies by frame; forces and magnetic forces by component, where both files know them; stress by component.
+    The mean of the energies' differences is taken out of their root mean square (it shifts no energy difference) and
+    stated by itself.
+
+    Returns
+    -------
+    list of tuple of str
+        Quantity, how many were compared, RMS, largest, unit.
+
+    Raises
+    ------
+    LabelError
+        The files have no frame in common, or one that differs in its structure or moments.
+    """
+    others = {atoms.info["name"]: atoms for atoms in second}
+    pairs = [(atoms, others[atoms.info["name"]]) for atoms in first if atoms.info["name"] in others]
+    if not pairs:
+        raise LabelError("the two label files have no frame of the same name")
+    found: dict[str, list[np.ndarray]] = {}
+    for one, other in pairs:
+        if not _alike(one, other):
+            raise LabelError(f"the frames {one.info['name']!r} of the two label files differ in structure or moments")
+        results, reference = one.calc.results, other.calc.results
+        found.setdefault("energy", []).append(np.array([results["energy"] - reference["energy"]]) / len(one))
+        for key in ("forces", "stress"):
+            if key in results and key in reference:
+                found.setdefault(key, []).append(np.ravel(results[key] - reference[key]))
+        if "magnetic_forces" in one.arrays and "magnetic_forces" in other.arrays:
+            change = one.arrays["magnetic_forces"] - other.arrays["magnetic_forces"]
+            found.setdefault("magnetic_forces", []).append(change[np.isfinite(change)])
+    rows: list[tuple[str, ...]] = []
+    for key, (name, factor, unit) in COMPARED.items():
+        values = np.concatenate(found.get(key, [np.zeros(0)])) / factor
+        if not len(values):
+            continue
+        if key == "energy":
+            mean = float(values.mean())
+            rows.append(("energy, mean", str(len(values)), f"{mean:.3f}", "", unit))
+            values = values - mean
+        rows.append((name, str(len(values)), f"{np.sqrt(np.mean(values**2)):.3f}", f"{np.abs(values).max():.3f}", unit))
+    return rows
+
+
 def difference_plan(plan: Plan, name: str) -> Plan:
     """Plan of the displaced, strained and turned copies that central differences around one job need.
 
@@ -70,9 +156,7 @@ def difference_plan(plan: Plan, name: str) -> Plan:
     name : str
         Job of the plan.
     """
-    job = next((job for job in plan.jobs if job.name == name), None)
-    if job is None:
-        raise LabelError(f"the plan {plan.name!r} has no job {name!r}")
+    job = _find_job(plan, name)
     if plan.recipe.engine != "abinit":
         raise LabelError(f"the plan {plan.name!r} has no forces to check; differences are for ABINIT plans")
     settings = plan.settings(job)
@@ -117,6 +201,22 @@ def compare_differences(plan: Plan, work: str | Path) -> list[tuple[str, ...]]:
         label = float(np.dot(result["magnetic_forces"][_first_carrier(base)], direction))
         rows.append((f"magnetic force, {kind}", label, -slope(kind, STEPS["magnetic"]), "eV/µB"))
     return [(what, f"{label:.5f}", f"{difference:.5f}", unit) for what, label, difference, unit in rows]
+
+
+def _find_job(plan: Plan, name: str) -> Job:
+    job = next((job for job in plan.jobs if job.name == name), None)
+    if job is None:
+        raise LabelError(f"the plan {plan.name!r} has no job {name!r}")
+    return job
+
+
+def _alike(one: Atoms, other: Atoms) -> bool:
+    return (
+        list(one.numbers) == list(other.numbers)
+        and bool(np.allclose(one.cell.array, other.cell.array, atol=1e-6))
+        and bool(np.allclose(one.positions, other.positions, atol=1e-6))
+        and bool(np.allclose(one.arrays["initial_magmoms"], other.arrays["initial_magmoms"], atol=2 * MOMENT_TOLERANCE))
+    )
 
 
 def _first_carrier(job: Job) -> int:

@@ -80,6 +80,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_run_options(again)
     again.set_defaults(run=_reproduce)
 
+    refine = actions.add_parser("refine", help="plan that runs jobs of an ABINIT plan again on a finer mesh")
+    refine.add_argument("plan", help="plan file")
+    refine.add_argument("--jobs", nargs="+", required=True, metavar="JOB", help="names of the jobs")
+    refine.add_argument("--k-spacing", type=float, required=True, help="largest spacing of the mesh, 1/Å")
+    refine.add_argument("-o", "--output", required=True, help="plan file to write")
+    refine.set_defaults(run=_refine)
+
+    compare = actions.add_parser("compare", help="RMS differences between labels of the same names in two files")
+    compare.add_argument("first", help="extended XYZ file")
+    compare.add_argument("second", help="extended XYZ file")
+    compare.set_defaults(run=_compare)
+
     slope = actions.add_parser(
         "differences", help="compare forces, stress and magnetic forces of one job with central differences of energies"
     )
@@ -204,6 +216,21 @@ def _reproduce(args: argparse.Namespace) -> int:
     run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
     rows = check.compare_reproduction(plan, args.work, read_labels(args.labels))
     _print_table(["frame", "ΔE meV/atom", "max ΔF meV/Å", "max Δσ GPa", "max ΔF_m meV/µB"], rows)
+    return 0
+
+
+def _refine(args: argparse.Namespace) -> int:
+    if args.k_spacing <= 0:
+        raise LabelError(f"--k-spacing is {args.k_spacing}; it must be above 0")
+    plan = check.refined_plan(read_plan(args.plan), args.jobs, args.k_spacing)
+    write_plan(args.output, plan)
+    print(f"{args.output}: {len(plan.jobs)} jobs")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    rows = check.compare_labels(read_labels(args.first), read_labels(args.second))
+    _print_table(["quantity", "values", "RMS", "largest", "unit"], rows)
     return 0
 
 
