@@ -33,6 +33,7 @@ from mmace.training import (
     train,
 )
 from mmace.training.batches import DirectionBatch, LabelBatch
+from mmace.training.loop import _redrawn
 from mmace.training.loss import direction_loss, label_loss
 from mmace.training.setup import reference_energies
 
@@ -428,9 +429,23 @@ def test_validation_labels_only_select(labels, whole_run, tmp_path):
 
 
 def test_bootstrap_trains_on_other_draws(labels, whole_run, tmp_path):
-    _, whole = whole_run
-    outcome = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3, bootstrap=True)
-    assert not same(weights_of(outcome.model), weights_of(whole.model))
+    many = [replace(x, parent=x.anisotropy_group or x.name) for x in labels["train"]]
+    outcomes = [train(many, labels["valid"], recipe(), tmp_path / str(b), seed=3, bootstrap=b) for b in (False, True)]
+    assert not same(*(weights_of(outcome.model) for outcome in outcomes))
+    of_one_parent = train(labels["train"], labels["valid"], recipe(), tmp_path / "one", seed=3, bootstrap=True)
+    assert same(weights_of(of_one_parent.model), weights_of(whole_run[1].model))
+
+
+def test_bootstrap_draws_whole_parents():
+    parents = ["a"] * 3 + ["b"] * 2 + ["c", "d", "e", "f"]
+    draws = [_redrawn(list(range(9)), parents, np.random.default_rng(seed)) for seed in range(20)]
+    for draw in draws:
+        counts = [draw.count(k) for k in range(9)]
+        assert counts[0] == counts[1] == counts[2]
+        assert counts[3] == counts[4]
+        assert counts[0] + counts[3] + sum(counts[5:]) == 6
+    assert len({tuple(draw) for draw in draws}) > 15
+    assert _redrawn([], [], np.random.default_rng(0)) == []
 
 
 def test_float32_and_early_stop(labels, tmp_path):

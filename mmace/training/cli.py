@@ -41,7 +41,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
     fit.add_argument("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
     fit.add_argument("--members", type=int, default=1, help="train a committee, one model for each of so many seeds")
-    fit.add_argument("--bootstrap", action="store_true", help="draw the training labels with replacement")
+    fit.add_argument("--bootstrap", action="store_true", help="draw the training parents with replacement")
     fit.add_argument("--max-minutes", type=float, metavar="M", help="stop each model after so long; run again to go on")
     _add_machine_options(fit)
     fit.set_defaults(run=_train)

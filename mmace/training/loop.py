@@ -88,7 +88,7 @@ def train(
     seed : int
         Seed of weights, order and bootstrap.
     bootstrap : bool
-        Draw the training labels with replacement, so that members of a committee see different data.
+        Draw the training parents with replacement, so that members of a committee see different data.
     max_minutes : float, optional
         Stop after this time; running again goes on.
     stop_after : int, optional
@@ -178,8 +178,10 @@ class _Run:
         valid_single, valid_groups = self._batches(valid_labels)
         self.valid: list[LabelBatch | DirectionBatch] = [*valid_single, *valid_groups]
         if bootstrap:
-            self.labels = _redrawn(self.labels, self._rng(LABEL_STREAM))
-            self.groups = _redrawn(self.groups, self._rng(GROUP_STREAM))
+            single = [label.parent for label in train_labels if label.anisotropy_group is None]
+            grouped = [group[0].parent for group in groups_of(train_labels)]
+            self.labels = _redrawn(self.labels, single, self._rng(LABEL_STREAM))
+            self.groups = _redrawn(self.groups, grouped, self._rng(GROUP_STREAM))
         self.steps_per_epoch = max(
             math.ceil(len(self.labels) / recipe.batch_size), math.ceil(len(self.groups) / recipe.groups_per_step)
         )
@@ -375,5 +377,8 @@ def _largest_anisotropy(group: DirectionBatch) -> float:
     return float(group.energy.value.abs().max()) / len(group.graph.species)
 
 
-def _redrawn(items: list[T], rng: np.random.Generator) -> list[T]:
-    return [items[k] for k in rng.integers(len(items), size=len(items))] if items else []
+def _redrawn(items: list[T], parents: Sequence[str], rng: np.random.Generator) -> list[T]:
+    """Items of parents drawn with replacement: labels of one parent are no independent draws."""
+    names = sorted(set(parents))
+    drawn = [names[k] for k in rng.integers(len(names), size=len(names))] if names else []
+    return [item for name in drawn for item, parent in zip(items, parents, strict=True) if parent == name]
