@@ -234,3 +234,109 @@ def plot_exchange(dataset: xr.Dataset) -> Figure:
     right.set_ylabel("J(q)  (meV)")
     _mark(right, json.loads(dataset.attrs["path_labels"]), -0.02)
     return figure
+
+
+def plot_magnon(dataset: xr.Dataset) -> Figure:
+    """Draw magnon bands, growth of unstable modes as negative energies, and the density of states."""
+    figure = new_figure(9.0, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    labels = json.loads(dataset.attrs["path_labels"])
+    spread = dataset["energy_std"].values if "energy_std" in dataset else np.zeros(dataset["energy"].shape)
+    columns = (dataset["energy"].values, dataset["growth"].values, spread)
+    place, energy, growth, spread = _broken(dataset["position"].values, *columns)
+    left.axhline(0, color="0.8", lw=0.8)
+    for k in range(energy.shape[1]):
+        left.plot(place, energy[:, k], color=COLOURS[0], lw=1.4)
+        left.fill_between(
+            place, energy[:, k] - spread[:, k], energy[:, k] + spread[:, k], color=COLOURS[0], alpha=0.2, lw=0
+        )
+        if np.nanmax(growth[:, k]) > 0:
+            left.plot(place, -np.where(growth[:, k] > 0, growth[:, k], np.nan), "--", color=COLOURS[1], lw=1.2)
+    if "frozen" in dataset:
+        frozen = _broken(dataset["position"].values, dataset["frozen"].values)[1]
+        left.plot(place, frozen, ":", color=COLOURS[1], lw=1.4, label="frozen spirals")
+        left.legend(frameon=False, fontsize=8)
+    left.set_ylabel("ħω  (meV)")
+    left.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    _mark(left, labels, -0.02)
+    right.plot(dataset["dos"].values, dataset["dos_energy"].values, color=COLOURS[0])
+    right.set_xlabel("states/meV/cell")
+    right.set_xlim(left=0)
+    return figure
+
+
+def plot_phonon(dataset: xr.Dataset) -> Figure:
+    """Draw bands with their errors and a second order, the density of states, and the heat capacity."""
+    figure = new_figure(10.0, 4.2)
+    grid = figure.add_gridspec(1, 3, width_ratios=(5, 1.4, 2.6))
+    bands: Any = figure.add_subplot(grid[0])
+    density: Any = figure.add_subplot(grid[1], sharey=bands)
+    heat: Any = figure.add_subplot(grid[2])
+    values = dataset["frequency"].values
+    errors = [dataset[k].values for k in ("frequency_std", "frequency_error") if k in dataset]
+    error = errors[-1] if errors else np.zeros_like(values)
+    place, middle, width = _broken(dataset["position"].values, values, error)
+    for branch in range(middle.shape[1]):
+        low, high = middle[:, branch] - width[:, branch], middle[:, branch] + width[:, branch]
+        bands.plot(place, middle[:, branch], color=COLOURS[0], lw=1.2)
+        bands.fill_between(place, low, high, color=COLOURS[0], alpha=0.25, lw=0)
+    if "frequency_second" in dataset:
+        place, second = _broken(dataset["position"].values, dataset["frequency_second"].values)
+        bands.plot(
+            place, second, "--", color=COLOURS[1], lw=1.0, label=[*["second order"], *[None] * (second.shape[1] - 1)]
+        )
+        bands.legend(frameon=False, fontsize=8)
+    bands.axhline(0, color="0.8", lw=0.8, zorder=0)
+    bands.set_ylabel("frequency (THz)")
+    order = "paramagnetic, " if dataset.attrs.get("order") == "paramagnetic" else ""
+    bands.set_title(
+        f"{dataset.attrs.get('formula', '')}, {order}moments {dataset.attrs['moments_follow']}", fontsize=10
+    )
+    _mark(bands, json.loads(dataset.attrs["path_labels"]), -0.02)
+    bands.set_xlim(place[0], np.nanmax(place))
+    density.plot(dataset["dos"].values, dataset["dos_frequency"].values, color=COLOURS[0], lw=1.2)
+    density.set_xlabel("DOS (1/THz)")
+    density.tick_params(labelleft=False)
+    heat.plot(dataset["temperature"].values, dataset["heat_capacity"].values, color=COLOURS[0], label="C_v")
+    heat.plot(dataset["temperature"].values, dataset["entropy"].values, "--", color=COLOURS[2], label="S")
+    heat.set_xlabel("T (K)")
+    heat.set_ylabel("J/K per mole of atoms")
+    heat.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_relax(dataset: xr.Dataset) -> Figure:
+    """Draw energy, residuals and moment of each step; or the energies of the orders above the best."""
+    if "order" in dataset.dims:
+        ranked = dataset.where(np.isfinite(dataset["above"]), drop=True)
+        names = [str(n) for n in ranked["order"].values]
+        figure = new_figure(6.0, 1.2 + 0.35 * len(names))
+        bars: Any = figure.add_subplot(1, 1, 1)
+        spread = ranked["above_std"].values if "above_std" in ranked else None
+        bars.barh(names, ranked["above"].values, xerr=spread, color=COLOURS[0])
+        for place, (above, moment) in enumerate(zip(ranked["above"].values, ranked["moment"].values, strict=True)):
+            bars.annotate(f" {moment:.2f} µB", (above, place), va="center", fontsize=8)
+        bars.invert_yaxis()
+        bars.margins(x=0.15)
+        bars.set_xlabel("E − E(best)  (meV/atom)")
+        bars.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+        return figure
+    figure = new_figure(6.5, 6.5)
+    step = dataset["step"].values
+    upper: Any = figure.add_subplot(3, 1, 1)
+    middle: Any = figure.add_subplot(3, 1, 2, sharex=upper)
+    lower: Any = figure.add_subplot(3, 1, 3, sharex=upper)
+    energy = dataset["step_energy"].values
+    upper.plot(step, 1e3 * (energy - energy[-1]), "o-", ms=3, color=COLOURS[0])
+    upper.set_ylabel("E − E(end)  (meV/atom)")
+    upper.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    for name, label, colour in (("step_force", "force, eV/Å", 0), ("step_stress", "stress, GPa", 1)):
+        values = dataset[name].values
+        if values.max() > 0:
+            middle.semilogy(step, np.where(values > 0, values, np.nan), "o-", ms=3, color=COLOURS[colour], label=label)
+    middle.set_ylabel("largest residual")
+    middle.legend(frameon=False, fontsize=8)
+    lower.plot(step, dataset["step_moment"].values, "o-", ms=3, color=COLOURS[2])
+    lower.set_ylabel("mean |m|  (µB)")
+    lower.set_xlabel("step")
+    return figure
