@@ -199,6 +199,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     mode, table, moments_file = _moments_arguments(args.moments, kind.default_mode)
     named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
     named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    if args.order == "auto" and "orders" in named:
+        named["orders"], args.order = "auto", "fm"
     prop = kind(moments=mode, **named)
     output = Path(args.output if args.output is not None else f"{Path(args.structure).stem}_{kind.name}.nc")
     check_writable(output)

@@ -610,7 +610,7 @@ def spiral_supercell(atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int
         )
     steps = np.array([int(f * count) for f in fractions])
     shape = min(
-        (h for h in _triangular(count) if not np.any(h @ steps % count)),
+        (h for h in superlattices(count) if not np.any(h @ steps % count)),
         key=lambda h: float(np.sum((h @ atoms.cell[:]) ** 2)),
     )
     moments = moments_of(atoms)
@@ -629,8 +629,8 @@ def spiral_supercell(atoms: Atoms, q: ArrayLike, axis: ArrayLike, max_cells: int
     return with_moments(cell, np.concatenate(turned)), count
 
 
-def _triangular(count: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the Hermite normal forms of all superlattices of `count` cells, rows as lattice vectors."""
+def superlattices(count: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the Hermite normal forms of all superlattices of `count` cells, rows as lattice vectors, shape (3, 3)."""
     for a in (x for x in range(1, count + 1) if count % x == 0):
         for d in (x for x in range(1, count // a + 1) if (count // a) % x == 0):
             f = count // (a * d)
