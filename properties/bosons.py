@@ -38,7 +38,7 @@ class Modes:
     stable: NDArray[np.bool_]
 
 
-def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO) -> Modes:
+def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO, scale: float | None = None) -> Modes:
     """Diagonalise Hermitian quadratic forms ½ z†Hz with the equation of motion ħż = Γ ∂H/∂z = Γ H z.
 
     With H = S² the matrix S iΓ S is Hermitian and has the frequencies as eigenvalues (Colpa, Physica A 93, 327 (1978),
@@ -51,7 +51,8 @@ def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO)
     bracket : real antisymmetric Γ = ħ{z, z}, shape (n, n): for canonical pairs (q, p) blocks ħ [[0, 1], [-1, 0]]; for
         the tilts (x, y) of a moment along e = x × y, blocks (2/|m|) [[0, -1], [1, 0]] (ħė = (2/|m|) e × ∂E/∂e,
         g = 2, |m| in µB).
-    zero : eigenvalues of H smaller than this part of the largest are taken as zero.
+    zero : eigenvalues of H smaller than this part of `scale` are taken as zero.
+    scale : size of the terms that H is a sum of; by default the largest eigenvalue of all forms given.
 
     Returns
     -------
@@ -69,7 +70,7 @@ def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO)
     form = (form + form.conj().swapaxes(-1, -2)) / 2
     values, axes = np.linalg.eigh(form)
     lowest = values[:, 0].copy()
-    values[np.abs(values) <= zero * np.abs(values).max(axis=1, keepdims=True)] = 0.0
+    values[np.abs(values) <= zero * (np.abs(values).max(initial=0.0) if scale is None else scale)] = 0.0
     stable = values[:, 0] >= 0
     poisson = 1j * gamma
     metric: Complex = np.asarray(np.linalg.inv(poisson), dtype=complex)
@@ -79,14 +80,14 @@ def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO)
     energies, growth = np.zeros((len(form), n // 2)), np.zeros((len(form), n // 2))
     vectors = np.zeros((len(form), n, n // 2), dtype=complex)
     frequencies, columns = np.linalg.eigh(inner)
-    scale = np.abs(frequencies).max(axis=1)
+    largest = np.abs(frequencies).max(axis=1)
     for k in range(len(form)):
         signs = np.sign(values[k])
         if stable[k]:
-            chosen = np.flatnonzero(frequencies[k] > ZERO * max(scale[k], 1e-300))
+            chosen = np.flatnonzero(frequencies[k] > ZERO * max(largest[k], 1e-300))
             omega, amplitudes = frequencies[k, chosen].astype(complex), columns[k][:, chosen]
         else:
-            omega, amplitudes = _indefinite(inner[k] * signs, signs, scale[k])
+            omega, amplitudes = _indefinite(inner[k] * signs, signs, largest[k])
         found = np.asarray(poisson @ (root[k] * signs) @ amplitudes)
         missing = n // 2 - len(omega)
         null = _null_modes(np.asarray(axes[k][:, signs == 0]), metric, missing)

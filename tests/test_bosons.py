@@ -97,6 +97,15 @@ def test_rounding_of_a_zero_mode_is_no_gap():
     assert np.any(modes.lowest != 0)
 
 
+def test_rounding_is_measured_against_the_terms():
+    """A ferromagnet's form at q = 0 is a difference of large terms and itself nothing but rounding."""
+    modes = normal_modes(-3e-17 * np.eye(2), tilts(2.0), scale=0.1)
+    assert modes.stable
+    assert modes.energies == pytest.approx([0.0], abs=0)
+    assert modes.lowest == pytest.approx(-3e-17)
+    assert not normal_modes(-3e-17 * np.eye(2), tilts(2.0)).stable
+
+
 def test_soft_oscillator_grows():
     """k < 0: ω² < 0 is no frequency but a rate, and a stable neighbour keeps its own."""
     form = np.diag([-2.0, 3.0, 1.0, 1.0])

@@ -1,0 +1,440 @@
+"""Linear spin waves from the second derivatives of the energy by tilts of the moments of a reference state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import xarray as xr
+from ase import Atoms
+from numpy.typing import NDArray
+
+from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .bosons import Modes, normal_modes
+from .conventions import G_FACTOR
+from .errors import CalculatorError, MomentError, OptionError
+from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .spiral import Spirals, primitive_cell
+from .supercell import Supercell, grown, knows_rows, tilts, transverse
+from .symmetry import Pattern, band_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+Complex = NDArray[np.complex128]
+
+SMALLEST_MOMENT = 0.01
+"""A site with less, in µB, takes no part in the spin waves."""
+STATIONARY = 1e-5
+"""Largest torque on a moment of a reference state, eV."""
+ROUNDING = 1e-12
+"""Curvatures below this part of the largest are zero, where the Hessian is exact."""
+ROUGH = 1e-9
+"""The same where it comes from differences."""
+SMALL_WAVES = (0.01, 0.02, 0.03)
+"""Lengths of the wave vectors that the stiffness is fitted on, 1/Å."""
+SMALL_CONES = (1.0, 2.0)
+"""Cone angles of the frozen spirals, degrees."""
+DOS_POINTS = 401
+COMPENSATED = 1e-3
+"""An order whose net moment is below this part of the sum of |m| is an antiferromagnet."""
+
+
+@dataclass(frozen=True)
+class MagnonOptions(Options):
+    """Options of the spin waves.
+
+    Parameters
+    ----------
+    tolerance : largest coupling that may be left beyond the unique images of the supercell, relative to the largest.
+    max_atoms : largest supercell.
+    radius : least distance within which pairs are wanted, Å.
+    path : special points; ``auto`` is the path of the Bravais lattice.
+    points : wave vectors along the path.
+    mesh : points per direction of the mesh of the density of states.
+    width : Gaussian width of the density of states, meV; 0 takes a hundredth of the band width.
+    """
+
+    tolerance: float = option(1e-3, "largest coupling left beyond the supercell's unique images, relative")
+    max_atoms: int = option(1000, "largest supercell, in atoms")
+    radius: float = option(5.0, "least distance within which pairs are wanted, Å")
+    path: str = option("auto", "special points such as GHPGN; auto is the path of the Bravais lattice")
+    points: int = option(101, "wave vectors along the path")
+    mesh: int = option(16, "points per direction of the mesh of the density of states")
+    width: float = option(0.0, "Gaussian width of the density of states, meV; 0 takes 1/100 of the band width")
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        for name, low, high in (
+            ("tolerance", 1e-10, 1.0),
+            ("radius", 1.0, 50.0),
+            ("max_atoms", 1, 100000),
+            ("points", 2, 20000),
+            ("mesh", 2, 100),
+            ("width", 0.0, 1000.0),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
+
+
+class SpinWaves:
+    """The quadratic form of tilts ``½ Σ z_i*·H_ij(q)·z_j`` around a reference state, and its modes.
+
+    Tilts are Bloch waves z(R) = z exp(2πi q·R), R the cell; those of one moment are along `transverse` of it.
+
+    Parameters
+    ----------
+    box : the supercell.
+    moments : the stationary reference in the home cell, µB, shape (N, 3).
+    calculator : a single model.
+    """
+
+    def __init__(self, box: Supercell, moments: Array, calculator: SpinCalculator) -> None:
+        self.cell, self.sites = box.cell, box.sites
+        self.lengths = np.linalg.norm(moments[box.sites], axis=1)
+        self.zero = ROUNDING if knows_rows(calculator) else ROUGH
+        blocks, inward = tilts(box, calculator, moments)
+        n, images = len(box.sites), box.images()
+        shifts, rows = np.unique(images.shift, axis=0, return_inverse=True)
+        self.shifts: NDArray[np.int64] = shifts
+        couplings = np.zeros((len(shifts), n, n, 2, 2))
+        values = blocks[images.first, :, images.column] * images.weight[:, None, None]
+        np.add.at(couplings, (rows.ravel(), images.first, images.column % n), values)
+        home = int(np.flatnonzero(~shifts.any(axis=1))[0])
+        couplings[home, np.arange(n), np.arange(n)] += inward[:, None, None] * np.eye(2)
+        self.scale = float(np.abs(inward).max() + np.abs(blocks).max())
+        self.couplings = couplings.transpose(0, 1, 3, 2, 4).reshape(len(shifts), -1)
+
+    @property
+    def bracket(self) -> Array:
+        """Brackets of the tilts, ħż = Γ ∂H/∂z with g = 2, shape (2n, 2n)."""
+        return np.kron(np.diag(G_FACTOR / self.lengths), np.array([[0.0, -1.0], [1.0, 0.0]]))
+
+    def form(self, q: Array) -> Complex:
+        """Return H(q) in eV at wave vectors (Q, 3) of the reciprocal lattice, shape (Q, 2n, 2n)."""
+        size = 2 * len(self.sites)
+        phases = np.exp(2j * np.pi * q @ self.shifts.T)
+        matrix = (phases @ self.couplings).reshape(len(q), size, size)
+        return np.asarray((matrix + matrix.conj().swapaxes(1, 2)) / 2)
+
+    def modes(self, q: Array) -> Modes:
+        """Return the spin waves at wave vectors (Q, 3), energies in eV."""
+        return normal_modes(self.form(q), self.bracket, self.zero, self.scale)
+
+
+def settled(cell: Atoms, sites: NDArray[np.intp], moments: Array, calculator: SpinCalculator) -> tuple[Array, float]:
+    """Return moments turned to where the torques m × B vanish, and the largest torque that was found before, eV.
+
+    What a relaxation leaves of the torques would be a gap of the size of its root; Newton steps on the directions
+    take it to rounding.
+
+    Raises
+    ------
+    MomentError : the moments are not stationary to begin with.
+    """
+
+    def field(at: Array) -> Array:
+        return calculator.evaluate_spins(cell, at[None])["magnetic_forces"][0]
+
+    magnetic_force = field(moments)
+    sizes = np.linalg.norm(np.cross(moments, magnetic_force), axis=1)
+    start = float(sizes.max())
+    if start > STATIONARY:
+        worst = int(sizes.argmax())
+        raise MomentError(
+            f"the reference state is not stationary: the torque on atom {worst} ({cell.symbols[worst]}) is "
+            f"{start:.1e} eV, above {STATIONARY:.0e}; relax the directions too (--moments full), or give others"
+        )
+    box, best, n = Supercell(cell, sites, (1, 1, 1)), start, len(sites)
+    lengths = np.linalg.norm(moments[sites], axis=1)[:, None]
+    for _ in range(4):
+        if best < 1e-15:
+            break
+        frames = np.array([transverse(e) for e in moments[sites] / lengths])
+        blocks, inward = tilts(box, calculator, moments, frames)
+        form = blocks.reshape(2 * n, 2 * n) + np.kron(np.diag(inward), np.eye(2))
+        slope = -lengths * np.einsum("ix,iax->ia", magnetic_force[sites], frames)
+        step = -np.linalg.pinv((form + form.T) / 2, rcond=1e-7, hermitian=True) @ slope.ravel()
+        turned = moments.copy()
+        turned[sites] += lengths * np.einsum("ia,iax->ix", step.reshape(n, 2), frames)
+        turned[sites] *= lengths / np.linalg.norm(turned[sites], axis=1)[:, None]
+        new_force = field(turned)
+        left = float(np.linalg.norm(np.cross(turned, new_force), axis=1).max())
+        if left >= best:
+            break
+        moments, magnetic_force, best = turned, new_force, left
+    return moments, start
+
+
+class Magnon(Property):
+    """Spin waves of a stationary reference state, collinear or not, from the Hessian in a supercell."""
+
+    name = "magnon"
+    title = "spin waves"
+    options_type: ClassVar[type[Options]] = MagnonOptions
+
+    def __init__(
+        self, options: Options | None = None, repeats: tuple[int, int, int] | None = None, **named: Any
+    ) -> None:
+        super().__init__(options, **named)
+        self._repeats = repeats
+
+    def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
+        """Refuse structures without moments, and calculators that give energies alone."""
+        super().check(atoms, calculator)
+        if not calculator.has("evaluate_spins") and not calculator.has("magnetic_forces"):
+            raise CalculatorError("spin waves need a calculator that gives magnetic_forces, or evaluate_spins")
+        if np.linalg.norm(moments_of(atoms), axis=1).max() <= ZERO_MOMENT:
+            raise MomentError("no atom carries a moment, so there are no spin waves; give moments in µB")
+
+    def _reference(self, atoms: Atoms, calculator: SpinCalculator) -> tuple[Atoms, NDArray[np.intp], Array, float]:
+        """Return the primitive cell, its magnetic sites, the stationary moments, and the torque before settling."""
+        cell, start = primitive_cell(atoms, moments_of(atoms), self.options.symprec, self.options.mag_symprec)
+        moments = calculator.relax_moments([with_moments(cell, start)], self.mode(calculator))[0]
+        sites = np.flatnonzero(np.linalg.norm(moments, axis=1) >= SMALLEST_MOMENT)
+        if not len(sites):
+            raise MomentError("the moments vanish when they are relaxed, so there are no spin waves; start elsewhere")
+        moments, residual = settled(cell, sites, moments, calculator)
+        return cell, sites, moments, residual
+
+    def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Magnon":
+        """Size the supercell."""
+        if self._repeats is not None:
+            return self
+        cell, sites, moments, _ = self._reference(atoms, members[0])
+        limits = self.options.radius, self.options.tolerance, self.options.max_atoms
+        return Magnon(self.options, grown(cell, sites, moments, members[0], *limits, progress))
+
+    def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
+        """Compute bands, density of states, stiffness and stability with one model."""
+        if self._repeats is None:
+            raise OptionError("the supercell is missing; call run, which sizes it")
+        cell, sites, moments, residual = self._reference(atoms, calculator)
+        box = Supercell(cell, sites, self._repeats)
+        progress("Hessian", 0, 1)
+        waves = SpinWaves(box, moments, calculator)
+        progress("Hessian", 1, 1)
+        q, position, labels = band_path(cell, self.options.path, self.options.points)
+        bands = waves.modes(q)
+        steps = np.arange(self.options.mesh) / self.options.mesh
+        mesh = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+        found = []
+        for begin in range(0, len(mesh), 512):
+            progress("mesh", begin, len(mesh))
+            found.append(waves.modes(mesh[begin : begin + 512]))
+        progress("mesh", len(mesh), len(mesh))
+        everywhere = np.concatenate([mesh, q])
+        lowest = np.concatenate([*(m.lowest for m in found), bands.lowest])
+        stable = np.concatenate([*(m.stable for m in found), bands.stable])
+        worst = int(np.argmin(lowest))
+        milli = 1e3
+        gamma = waves.modes(np.zeros((1, 3)))
+        energies = np.concatenate([m.energies for m in found]) * milli
+        data: dict[str, Any] = {
+            "energy": variable(("wave", "branch"), bands.energies * milli, "meV", "magnon energy"),
+            "growth": variable(
+                ("wave", "branch"), bands.growth * milli, "meV", "imaginary part of the magnon energy, growing modes"
+            ),
+            "curvature": variable("wave", bands.lowest * milli, "meV", "lowest eigenvalue of E'' by tilts"),
+            "gap": variable((), gamma.energies[0, 0] * milli, "meV", "lowest magnon energy at q = 0"),
+            "mesh_energy": variable(("mesh", "branch"), energies, "meV", "magnon energy on the mesh"),
+            "instability": variable(
+                (),
+                0.0 if stable.all() else lowest[worst] * milli,
+                "meV",
+                "lowest eigenvalue of E'' by tilts on path and mesh where it is negative, else 0",
+            ),
+            "instability_q": variable(
+                "xyz",
+                np.full(3, np.nan) if stable.all() else everywhere[worst],
+                "1",
+                "where that is, reciprocal lattice of the primitive cell",
+            ),
+            "moments": variable(("site", "xyz"), moments[sites], "µB", "moment of the reference"),
+            "torque": variable((), residual, "eV", "largest torque on a moment of the reference as relaxed or given"),
+            **_long_waves(waves, moments),
+        }
+        data.update(self._density(energies))
+        data.update(self._frozen(cell, sites, moments, calculator, q))
+        coords: dict[str, Any] = {
+            "q": variable(("wave", "xyz"), q, "1", "wave vector in the reciprocal lattice of the primitive cell"),
+            "position": variable("wave", position, "1/Å", "place along the path"),
+            "branch": variable("branch", np.arange(len(sites)), "1", "branch, the lowest first"),
+            "site": variable("site", sites, "1", "atom of the primitive cell"),
+            "element": variable("site", np.array(cell.get_chemical_symbols())[sites], "1", "chemical symbol"),
+            "mesh_q": variable(("mesh", "xyz"), mesh, "1", "wave vector of the mesh, reciprocal lattice units"),
+            "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or reciprocal lattice vector"),
+            "xyz_2": variable("xyz_2", np.array(["x", "y", "z"]), "1", "Cartesian axis"),
+        }
+        attrs: dict[str, Any] = {
+            "primitive_cell": cell.cell[:].tolist(),
+            "primitive_atoms": len(cell),
+            "supercell": list(box.repeats),
+            "supercell_atoms": len(box.atoms),
+            "unique_radius": box.radius,
+            "path_labels": [list(x) for x in labels],
+            "hessian": "rows of the calculator" if knows_rows(calculator) else "differences of magnetic forces",
+        }
+        return xr.Dataset(data, coords, attrs)
+
+    def _density(self, energies: Array) -> dict[str, xr.Variable]:
+        """Return the density of states per primitive cell of energies (Q, n) in meV."""
+        low, high = float(energies.min()), float(energies.max())
+        width = self.options.width or max((high - min(low, 0.0)) / 100, 1e-6)
+        axis = np.linspace(min(low, 0.0) - 4 * width, high + 4 * width, DOS_POINTS)
+        offsets = (axis[:, None] - energies.ravel()[None]) / width
+        dos = np.exp(-0.5 * offsets**2).sum(axis=1) / (width * np.sqrt(2 * np.pi) * len(energies))
+        return {
+            "dos": variable("level", dos, "states/meV/cell", "density of magnon states"),
+            "dos_energy": variable("level", axis, "meV", "energy of the density of states"),
+        }
+
+    def align(self, parts: list[xr.Dataset]) -> list[xr.Dataset]:
+        """Give the densities of states of all members one axis."""
+        ends = np.array([(p["dos_energy"].values[0], p["dos_energy"].values[-1]) for p in parts])
+        axis = np.linspace(ends[:, 0].min(), ends[:, 1].max(), DOS_POINTS)
+        return [
+            p.assign(
+                dos=p["dos"].variable.copy(data=np.interp(axis, p["dos_energy"], p["dos"], left=0.0, right=0.0)),
+                dos_energy=p["dos_energy"].variable.copy(data=axis),
+            )
+            for p in parts
+        ]
+
+    def _frozen(
+        self, cell: Atoms, sites: NDArray[np.intp], moments: Array, calculator: SpinCalculator, q: Array
+    ) -> dict[str, xr.Variable]:
+        """Return magnon energies by frozen spirals of vanishing cone, which reach as far as the calculator does."""
+        if len(sites) != 1 or calculator.soc is not False or not calculator.has("evaluate_spirals"):
+            return {}
+        pattern = Pattern.of(moments)
+        length = float(np.linalg.norm(moments[sites[0]]))
+        waves = np.concatenate([q, *(size * _directions() @ cell.cell[:].T / (2 * np.pi) for size in SMALL_WAVES)])
+        found = []
+        for cone in SMALL_CONES:
+            angle = float(np.deg2rad(cone))
+            spirals = Spirals(cell, pattern.along, calculator, pattern.axis.tolist(), angle, "fixed")
+            energy, _ = spirals(np.concatenate([np.zeros((1, 3)), waves]))
+            found.append(4 / length * (energy[1:] - energy[0]) / np.sin(angle) ** 2)
+        # errors go with θ²
+        a, b = (x**2 for x in SMALL_CONES)
+        energies = (b * found[0] - a * found[1]) / (b - a)
+        long = energies[len(q) :].reshape(len(SMALL_WAVES), -1)
+        return {
+            "frozen": variable("wave", energies[: len(q)] * 1e3, "meV", "(4/m)(E(q) - E(0))/sin²θ of frozen spirals"),
+            "stiffness_frozen": variable(
+                (), float(np.trace(_tensor(_leading(long)))) / 3 * 1e3, "meV Å²", "stiffness from frozen spirals"
+            ),
+        }
+
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
+        """Say so where the reference state is not stable."""
+        if float(dataset["instability"]) < 0:
+            dataset.attrs["note"] = (
+                "the reference state is not stable: some tilts lower its energy, so magnon energies may be negative "
+                "or complex"
+            )
+        return dataset
+
+    def summary(self, dataset: xr.Dataset) -> list[Row]:
+        """Return energies, stiffness and stability as a short table."""
+        rows = [
+            Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
+            Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
+        ]
+        for site, element, moment in zip(
+            dataset["site"].values, dataset["element"].values, dataset["moments"].values, strict=True
+        ):
+            rows.append(Row(f"moment of {element} {site}", "  ".join(f"{x:.3f}" for x in moment), "µB"))
+        if float(dataset["instability"]) < 0:
+            q = ", ".join(f"{x:.3g}" for x in dataset["instability_q"].values)
+            value = float(dataset["instability"])
+            rows.append(
+                Row(f"not stable, lowest curvature at q = ({q})", value, "meV", spread_of(dataset, "instability"))
+            )
+            rows.append(Row("fastest growth on the path", float(dataset["growth"].max()), "meV"))
+        else:
+            rows.append(Row("stable", "at every q of path and mesh"))
+        rows.append(Row("lowest energy at q = 0", float(dataset["gap"]), "meV", spread_of(dataset, "gap")))
+        top = np.unravel_index(int(dataset["energy"].values.argmax()), dataset["energy"].shape)
+        spread = None if "energy_std" not in dataset else float(dataset["energy_std"].values[top])
+        q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[top[0]])
+        rows.append(Row(f"highest energy, q = ({q})", float(dataset["energy"].values[top]), "meV", spread))
+        for key, label in (
+            ("stiffness", "stiffness"),
+            ("stiffness_frozen", "stiffness, frozen spirals"),
+            ("velocity", "velocity"),
+        ):
+            if key in dataset and np.isfinite(float(dataset[key])):
+                rows.append(Row(label, float(dataset[key]), dataset[key].attrs["units"], spread_of(dataset, key)))
+        if "frozen" in dataset:
+            difference = float(np.abs(dataset["frozen"] - dataset["energy"][:, 0]).max())
+            rows.append(Row("largest difference to frozen spirals", difference, "meV"))
+        slope = np.linalg.norm(dataset["drift"].values)
+        if slope > 1e-6:
+            rows.append(Row("slope at q = 0", float(slope), "meV Å"))
+        return rows
+
+    def plot(self, dataset: xr.Dataset) -> "Figure":
+        """Draw bands and density of states."""
+        from .plot import plot_magnon
+
+        return plot_magnon(dataset)
+
+
+def _directions() -> Array:
+    """Return six directions that fix a symmetric tensor, shape (6, 3)."""
+    raw = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=float)
+    return raw / np.linalg.norm(raw, axis=1)[:, None]
+
+
+def _leading(values: Array) -> Array:
+    """Return c of c q² + d q⁴ + e q⁶ through values at the small wave vectors, shape (S, ...) to (...)."""
+    x = np.array(SMALL_WAVES) ** 2
+    matrix = np.stack([x, x**2, x**3], axis=1)
+    return np.asarray(np.linalg.solve(matrix, values.reshape(len(x), -1))[0].reshape(values.shape[1:]))
+
+
+def _tensor(values: Array) -> Array:
+    """Return the symmetric tensor with n·T·n = values in the six directions."""
+    n = _directions()
+    design = np.stack(
+        [n[:, 0] ** 2, n[:, 1] ** 2, n[:, 2] ** 2, 2 * n[:, 1] * n[:, 2], 2 * n[:, 0] * n[:, 2], 2 * n[:, 0] * n[:, 1]],
+        axis=1,
+    )
+    a, b, c, d, e, f = np.linalg.solve(design, values)
+    return np.array([[a, f, e], [f, b, d], [e, d, c]])
+
+
+def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
+    """Return what the lowest branch does at small q: stiffness and slope, or the velocity of an antiferromagnet."""
+    own = moments[waves.sites]
+    ferro = bool(np.linalg.norm(own.sum(axis=0)) > COMPENSATED * np.linalg.norm(own, axis=1).sum())
+    n = _directions()
+    k = np.array([[sign * size * n for sign in (1, -1)] for size in SMALL_WAVES])
+    modes = waves.modes((k @ waves.cell.cell[:].T / (2 * np.pi)).reshape(-1, 3))
+    energy = modes.energies[:, 0].reshape(len(SMALL_WAVES), 2, len(n))
+    start = waves.modes(np.zeros((1, 3)))
+    zero = float(start.energies[0, 0])
+    good = bool(modes.stable.all() and start.stable.all())
+    unknown = np.full((3, 3), np.nan)
+    tensor = _tensor(_leading(energy.mean(axis=1) - zero)) if ferro and good else unknown
+    difference = (energy[:, 0] - energy[:, 1])[:, :3] / 2
+    x = np.array(SMALL_WAVES)
+    odd = np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0] if good else np.full(3, np.nan)
+    squares = _leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not ferro else np.full(3, np.nan)
+    velocity = float(np.mean(np.sqrt(np.maximum(squares, 0.0))))
+    return {
+        "stiffness_tensor": variable(
+            ("xyz", "xyz_2"), tensor * 1e3, "meV Å²", "D of ħω = Δ + v·q + q·D·q, NaN for antiferromagnets"
+        ),
+        "stiffness": variable(
+            (), np.trace(tensor) / 3 * 1e3, "meV Å²", "spin-wave stiffness, a third of the trace of D"
+        ),
+        "drift": variable("xyz", odd * 1e3, "meV Å", "slope v of the lowest branch at q = 0, odd in q"),
+        "velocity": variable(
+            (), velocity * 1e3, "meV Å", "c of (ħω)² = Δ² + (c q)², mean of x, y, z; NaN for ferromagnets"
+        ),
+    }
