@@ -138,6 +138,8 @@ class Property(ABC):
     """How the command line relaxes moments where it is not told."""
     soc: ClassVar[bool] = True
     """Whether the command line asks for spin-orbit coupling where it is not told."""
+    structure_option: ClassVar[str] = ""
+    """An option whose file may stand in for that of the structure."""
 
     def __init__(self, options: Options | None = None, **named: Any) -> None:
         if options is not None and named:

@@ -138,7 +138,11 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _parser(kind: type[Property]) -> Parser:
     parser = Parser(prog=f"mmace-props {kind.name}", description=f"Compute the {kind.title}.", allow_abbrev=False)
-    parser.add_argument("structure", help="CIF, magCIF, POSCAR, extxyz, or another format of ASE")
+    parser.add_argument(
+        "structure",
+        nargs="?" if kind.structure_option else None,
+        help="CIF, magCIF, POSCAR, extxyz, a yaml file of phonopy, or another format of ASE",
+    )
     parser.add_argument("-o", "--output", help=f"netCDF file to write (default: STRUCTURE_{kind.name}.nc here)")
     parser.add_argument("--plot", help="picture to write: .png, .pdf or .svg")
     parser.add_argument("--model", default="default", help="model name or file, for the calculator (default: default)")
@@ -176,7 +180,7 @@ def _add_options(parser: Parser, options: type[Options]) -> None:
     for item in dataclasses.fields(options):
         if item.name == "moments":
             continue
-        hint, flag = hints[item.name], "--" + item.name.replace("_", "-")
+        hint, flag = hints[item.name], item.metadata.get("flag", "--" + item.name.replace("_", "-"))
         text, choices = item.metadata.get("help", ""), item.metadata.get("choices")
         if choices:
             text += f": {', '.join(choices)}"
@@ -202,7 +206,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     if args.order == "auto" and "orders" in named:
         named["orders"], args.order = "auto", "fm"
     prop = kind(moments=mode, **named)
-    output = Path(args.output if args.output is not None else f"{Path(args.structure).stem}_{kind.name}.nc")
+    source = _source(args.structure, kind, prop)
+    output = Path(args.output if args.output is not None else f"{Path(source).stem}_{kind.name}.nc")
     check_writable(output)
     if args.plot is not None:
         from .plot import check_format
@@ -211,7 +216,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         check_writable(args.plot)
         if Path(args.plot).resolve() == output.resolve():
             raise OptionError("the plot and the dataset cannot be the same file; name two")
-    structure = read_structure(args.structure)
+    structure = read_structure(source)
     calculator = load_calculator(args.calculator, args.model, args.soc, mode, args.device, args.dtype)
     start = start_structure(
         structure,
@@ -227,7 +232,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     with _progress(args.quiet) as report:
         dataset = prop.run(start.atoms, calculator, report, journal)
     dataset.attrs["initial_moments_origin"] = start.origin
-    dataset.attrs["structure_file"] = Path(args.structure).name
+    dataset.attrs["structure_file"] = Path(source).name
     rows = prop.summary(dataset)
     write_dataset(dataset, output)
     journal.clear()
@@ -242,6 +247,16 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     if args.json:
         print(as_json(dataset, rows))
     return 0
+
+
+def _source(structure: str | None, kind: type[Property], prop: Property) -> str:
+    """Return the file of the structure: the one named, or that of the option which may stand in for it."""
+    named = str(getattr(prop.options, kind.structure_option)) if kind.structure_option else ""
+    if structure is None and not named:
+        raise OptionError("no structure is named; give one")
+    if structure is not None and named:
+        raise OptionError(f"'{named}' holds a structure already; leave '{structure}' out")
+    return structure or named
 
 
 def _moments_arguments(given: Sequence[str], default: str) -> tuple[str, dict[str, float] | None, str | None]:

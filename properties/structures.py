@@ -53,7 +53,7 @@ def formula(atoms: Atoms) -> str:
 
 
 def read_structure(path: str | Path) -> Atoms:
-    """Read a structure with its moments from CIF, magCIF, POSCAR, extxyz, or anything else ASE reads.
+    """Read a structure with its moments from CIF, magCIF, POSCAR, extxyz, phonopy's yaml, or anything else ASE reads.
 
     Parameters
     ----------
@@ -75,6 +75,10 @@ def read_structure(path: str | Path) -> Atoms:
         text = file.read_text(errors="replace") if is_cif else ""
         if "_atom_site_moment" in text:
             atoms = _read_magcif(text)
+        elif file.suffix.lower() in (".yaml", ".yml"):
+            from .lattice import read_unit_cell
+
+            return read_unit_cell(file)
         else:
             found = read(file, format="cif" if is_cif else None)
             atoms = found[-1] if isinstance(found, list) else found

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 import yaml
 from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import write_dataset
+from mmace_props.cli import main
 from mmace_props.errors import ConvergenceError, MomentError, OptionError, OutputError, StructureError
 from mmace_props.lattice import random_moments, read_setup
 from mmace_props.phonon import Phonon
@@ -434,7 +436,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_dataset_and_picture_and_table(tmp_path):
     """The dataset opens again, and every row and the picture are made."""
-    import xarray as xr
     from mmace_props.plot import save_figure
 
     prop = quick(dim=(2, 2, 2), second="afm", slopes=True)
@@ -447,3 +448,34 @@ def test_dataset_and_picture_and_table(tmp_path):
     assert any("largest shift" in label for label in rows)
     save_figure(prop.plot(dataset), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10000
+
+
+FACTORY = "tests.toys:from_options"
+
+
+def test_command_line_both_ways(tmp_path, capsys):
+    """A structure, and phonopy's displacements in its place: the same dataset, and files where phonopy looks."""
+    write_poscar(tmp_path / "POSCAR")
+    settings = ["--calculator", FACTORY, "--points", "9", "--mesh", "4", "--t-step", "100", "--moments", "fixed"]
+    named = ["--dim", "2", "2", "2", "--order", "fm", "--phonopy", str(tmp_path / "files")]
+    assert main(["phonon", str(tmp_path / "POSCAR"), *named, *settings, "-o", str(tmp_path / "a.nc")]) == 0
+    assert "highest frequency" in capsys.readouterr().out
+    source = tmp_path / "phonopy_disp.yaml"
+    shutil.copy(tmp_path / "files" / "phonopy_disp.yaml", source)
+    assert main(["phonon", "--from", str(source), *settings, "-o", str(tmp_path / "b.nc")]) == 0
+    assert (tmp_path / "FORCE_SETS").read_text() == (tmp_path / "files" / "FORCE_SETS").read_text()
+    with xr.open_dataset(tmp_path / "a.nc") as a, xr.open_dataset(tmp_path / "b.nc") as b:
+        np.testing.assert_allclose(a["frequency"].values, b["frequency"].values, atol=1e-6)
+        np.testing.assert_allclose(a["moments"].values, [[0, 0, 2.2]] * 2)
+    found, _ = bands_by_phonopy(tmp_path, np.array([[0.0, 0.0, 0.5]]))
+    assert found.shape == (1, 3)
+    for arguments, sentence in (
+        (["phonon", *settings], "no structure is named"),
+        (["phonon", str(tmp_path / "POSCAR"), "--from", str(source), *settings], "leave"),
+        (["phonon", "--from", str(tmp_path / "POSCAR"), *settings], "file of phonopy"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert sentence in said
+        assert said.count("\n") == 1
