@@ -309,15 +309,12 @@ def plot_relax(dataset: xr.Dataset) -> Figure:
     """Draw energy, residuals and moment of each step; or the energies of the orders above the best."""
     if "order" in dataset.dims:
         ranked = dataset.where(np.isfinite(dataset["above"]), drop=True)
-        names = [str(n) for n in ranked["order"].values]
+        names = [f"{n}, {m:.2f} µB" for n, m in zip(ranked["order"].values, ranked["moment"].values, strict=True)]
         figure = new_figure(6.0, 1.2 + 0.35 * len(names))
         bars: Any = figure.add_subplot(1, 1, 1)
         spread = ranked["above_std"].values if "above_std" in ranked else None
         bars.barh(names, ranked["above"].values, xerr=spread, color=COLOURS[0])
-        for place, (above, moment) in enumerate(zip(ranked["above"].values, ranked["moment"].values, strict=True)):
-            bars.annotate(f" {moment:.2f} µB", (above, place), va="center", fontsize=8)
         bars.invert_yaxis()
-        bars.margins(x=0.15)
         bars.set_xlabel("E − E(best)  (meV/atom)")
         bars.set_title(dataset.attrs.get("formula", ""), fontsize=10)
         return figure
