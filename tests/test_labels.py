@@ -112,6 +112,26 @@ def test_atoms_without_carriers_are_not_constrained() -> None:
     assert "constraint_kind" not in text
 
 
+@pytest.mark.parametrize(
+    ("moments", "shift", "spins"),
+    [((1.8, -1.8), 0.0, 1), ((1.8, -1.7), 0.0, 2), ((1.8, 1.8), 0.0, 2), ((0.0, 0.0), 0.0, 2), ((1.8, -1.8), 0.1, 1)],
+)
+def test_antiferromagnets_are_run_with_one_spin(moments: tuple[float, float], shift: float, spins: int) -> None:
+    atoms = bulk("Fe", "bcc", 2.83, cubic=True)
+    atoms.positions[1] += shift
+    job = make_job("pair", "pair", "train", atoms, np.array(moments))
+    assert f"nsppol {spins} nspden 2" in write_input(job, SETTINGS, ("Fe",), "/paw")
+
+
+def test_opposite_moments_on_sites_that_differ_keep_both_spins() -> None:
+    atoms = Atoms("Fe2Al", scaled_positions=[(0, 0, 0), (0, 0, 0.4), (0, 0, 0.7)], cell=[2.8, 2.8, 6.0], pbc=True)
+    job = make_job("pair", "pair", "train", atoms, np.array([1.8, -1.8, 0.0]))
+    assert "nsppol 1" in write_input(job, SETTINGS, ("Fe",), "/paw")
+    atoms.positions[2, 2] += 0.1
+    job = make_job("pair", "pair", "train", atoms, np.array([1.8, -1.8, 0.0]))
+    assert "nsppol 2" in write_input(job, SETTINGS, ("Fe",), "/paw")
+
+
 def test_collinear_recipe_refuses_canted_moments() -> None:
     with pytest.raises(LabelError, match="non-collinear recipe"):
         write_input(iron(), SETTINGS, ("Fe",), "/paw")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers
 from ase.units import Bohr, Hartree
+from spglib import get_symmetry_dataset
 
 from ..errors import LabelError, MissingProgramError
 from .files import write_text
@@ -114,6 +115,27 @@ def kpoint_mesh(cell: np.ndarray, spacing: float) -> tuple[int, int, int]:
     return int(mesh[0]), int(mesh[1]), int(mesh[2])
 
 
+def is_antiferromagnet(job: Job) -> bool:
+    """Whether a symmetry of the structure turns all moments of a collinear job round.
+
+    One spin then gives the other: ABINIT treats one of the two (`nsppol 1 nspden 2`), and the SCF cannot leave the
+    symmetry.
+    """
+    moments = np.array(job.moments)[:, 2]
+    if not np.any(moments):
+        return False
+    numbers = np.array([atomic_numbers[symbol] for symbol in job.symbols])
+    kinds = np.unique(np.stack([numbers, np.round(1e6 * np.abs(moments))]), axis=1, return_inverse=True)[1].ravel()
+    cell, places = np.array(job.cell), np.array(job.scaled_positions)
+    symmetry = get_symmetry_dataset((cell, places, kinds + 1), 1e-5)
+    for rotation, translation in zip(symmetry.rotations, symmetry.translations, strict=True):
+        steps = (places @ rotation.T + translation)[:, None] - places
+        distances = np.linalg.norm((steps - np.round(steps)) @ cell, axis=2)
+        if np.allclose(moments[distances.argmin(axis=1)], -moments, atol=1e-6):
+            return True
+    return False
+
+
 def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], datasets: str | Path) -> str:
     """ABINIT input of a job.
 
@@ -138,9 +160,12 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     if not noncollinear and np.any(moments[:, :2]):
         raise LabelError(f"job {job.name!r}: moments off the z axis need a non-collinear recipe")
     constrained = [element in carriers for element in elements]
-    spin = "nspinor 2 nspden 4 nsppol 1 kptopt 4 pawspnorb 0" if noncollinear else "nsppol 2 nspden 2"
     if not any(constrained):
         spin = "nsppol 1 nspden 1"
+    elif noncollinear:
+        spin = "nspinor 2 nspden 4 nsppol 1 kptopt 4 pawspnorb 0"
+    else:
+        spin = f"nsppol {1 if is_antiferromagnet(job) else 2} nspden 2"
     mesh = settings.get("kmesh") or kpoint_mesh(np.array(job.cell), settings["k_spacing"])
 
     def block(rows: Any) -> str:
