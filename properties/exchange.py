@@ -48,6 +48,7 @@ class ExchangeOptions(Options):
     path : special points of J(q); ``auto`` is the path of the Bravais lattice.
     points : wave vectors along the path.
     mesh : points per direction of the mesh of the RPA average.
+    biquadratic : shells, the nearest first, whose biquadratic exchange is fitted to the random states.
     """
 
     tolerance: float = option(1e-3, "largest |J| left beyond the supercell's unique images, relative to the largest")
@@ -58,6 +59,7 @@ class ExchangeOptions(Options):
     path: str = option("auto", "special points of J(q); auto is the path of the Bravais lattice")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(24, "points per direction of the mesh of the RPA average")
+    biquadratic: int = option(2, "nearest shells whose biquadratic exchange is fitted to the random states; 0 for none")
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -69,6 +71,7 @@ class ExchangeOptions(Options):
             ("states", 0, 100000),
             ("points", 2, 20000),
             ("mesh", 4, 200),
+            ("biquadratic", 0, 20),
         ):
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
@@ -358,7 +361,7 @@ class Exchange(Property):
     def _compare(
         self, model: "SpinModel", calculator: SpinCalculator, along: Array, axis: Array, progress: Progress
     ) -> dict[str, xr.Variable]:
-        """Compare the spin model with the calculator on random states of a small supercell."""
+        """Compare the spin model with the calculator on random states of a small supercell, and fit what is missing."""
         rng = np.random.default_rng(self.options.seed)
         box = Supercell(model.cell, model.sites, (3, 3, 3))
         reference = box.tiled(along[:, None] * axis)
@@ -366,7 +369,8 @@ class Exchange(Property):
         count, states = len(box.magnetic), self.options.states
         start = calculator.evaluate_spins(box.atoms, reference[None])["energy"][0]
         start_model = model.energy(unit[None], box)[0]
-        errors, sizes = [], []
+        shells = model.shells()[: self.options.biquadratic]
+        misses, sizes, designs = [], [], []
         for k, cone in enumerate(CONES):
             progress("random states", k, len(CONES))
             cosines = rng.uniform(np.cos(np.deg2rad(cone)), 1.0, (states, count))
@@ -382,21 +386,41 @@ class Exchange(Property):
                 part = moments[begin : begin + CHUNK]
                 actual.append(calculator.evaluate_spins(box.atoms, part, magnetic_forces=False)["energy"])
             change = np.concatenate(actual) - start
-            predicted = model.energy(spins, box) - start_model
-            errors.append(np.sqrt(np.mean((predicted - change) ** 2)) / count * 1e3)
-            sizes.append(np.sqrt(np.mean(change**2)) / count * 1e3)
+            misses.append(change - (model.energy(spins, box) - start_model))
+            sizes.append(float(np.sqrt(np.mean(change**2))))
+            designs.append(np.array([model.turned(spins, unit, box, shell.pairs) for shell in shells]).T)
         progress("random states", len(CONES), len(CONES))
-        return {
+        scale = 1e3 / count
+        data = {
             "model_error": variable(
-                "cone", np.array(errors), "meV/magnetic atom", "rms of predicted less actual energy of random states"
+                "cone",
+                np.array([np.sqrt(np.mean(x**2)) for x in misses]) * scale,
+                "meV/magnetic atom",
+                "rms of predicted less actual energy of random states",
             ),
             "model_scale": variable(
                 "cone",
-                np.array(sizes),
+                np.array(sizes) * scale,
                 "meV/magnetic atom",
                 "rms of the actual energy of random states, less the reference",
             ),
         }
+        if shells:
+            # every cone counts alike
+            weights = np.repeat([1 / max(x, 1e-300) for x in sizes], states)
+            design, target = np.concatenate(designs) * weights[:, None], np.concatenate(misses) * weights
+            strengths = np.linalg.lstsq(design, target, rcond=None)[0]
+            left = [m - d @ strengths for m, d in zip(misses, designs, strict=True)]
+            data["biquadratic"] = variable(
+                "fitted_shell", strengths * 1e3, "meV", "B of -Σ B (e_i·e_j - σ_ij)², σ that product in the reference"
+            )
+            data["model_error_biquadratic"] = variable(
+                "cone",
+                np.array([np.sqrt(np.mean(x**2)) for x in left]) * scale,
+                "meV/magnetic atom",
+                "rms of predicted less actual energy of random states, biquadratic exchange included",
+            )
+        return data
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return shells, temperatures and checks as a short table."""
@@ -430,7 +454,14 @@ class Exchange(Property):
         if "model_error" in dataset:
             for cone in dataset["cone"].values:
                 error, scale = (float(dataset[k].sel(cone=cone)) for k in ("model_error", "model_scale"))
-                rows.append(Row(f"model error at {cone:g}°", f"{error:.3g} of {scale:.3g}", "meV/magnetic atom"))
+                text = f"{error:.3g} of {scale:.3g}"
+                if "biquadratic" in dataset:
+                    text += f"; {float(dataset['model_error_biquadratic'].sel(cone=cone)):.3g} with B"
+                rows.append(Row(f"model error at {cone:g}°", text, "meV/magnetic atom"))
+        for k in range(dataset.sizes.get("fitted_shell", 0)):
+            label = f"B {dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
+            spread = None if "biquadratic_std" not in dataset else float(dataset["biquadratic_std"][k])
+            rows.append(Row(label, float(dataset["biquadratic"][k]), "meV", spread))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":
@@ -442,12 +473,13 @@ class Exchange(Property):
 
 @dataclass(frozen=True)
 class Shell:
-    """Pairs of the same elements at one distance: their mean J in eV and their number per first atom."""
+    """Pairs of the same elements at one distance: mean J in eV, number per first atom, and which they are."""
 
     label: str
     distance: float
     count: int
     mean: float
+    pairs: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -487,17 +519,32 @@ class SpinModel:
         isotropic = np.trace(self.tensor, axis1=1, axis2=2) / 3
         return np.concatenate([isotropic @ self._phases(part).real for part in np.array_split(q, len(q) // 4096 + 1)])
 
+    def _ends(self, box: Supercell, pair: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the two ends of a pair in every cell, as magnetic sites of a supercell."""
+        n, count = len(self.sites), len(box.shifts)
+        target = (box.shifts + self.pairs.shift[pair]) % np.array(box.repeats)
+        strides = np.array([box.repeats[1] * box.repeats[2], box.repeats[2], 1])
+        return np.arange(count) * n + self.pairs.first[pair], target @ strides * n + self.pairs.second[pair]
+
     def energy(self, spins: Array, box: Supercell) -> Array:
         """Return energies in eV of unit spins (S, M, 3) on the magnetic sites of a supercell, shape (S,)."""
-        n, repeats = len(self.sites), np.array(box.repeats)
-        number = {tuple(s): k for k, s in enumerate(box.shifts.tolist())}
         result = -np.einsum("smx,mxy,smy->s", spins, np.tile(self.onsite, (len(box.shifts), 1, 1)), spins)
         for p, tensor in enumerate(self.tensor):
-            partners = (box.shifts + self.pairs.shift[p]) % repeats
-            here = np.arange(len(box.shifts)) * n + self.pairs.first[p]
-            there = np.array([number[tuple(s)] for s in partners.tolist()]) * n + self.pairs.second[p]
+            here, there = self._ends(box, p)
             result -= np.einsum("smx,xy,smy->s", spins[:, here], tensor, spins[:, there])
         return np.asarray(result)
+
+    def turned(self, spins: Array, reference: Array, box: Supercell, pairs: NDArray[np.intp]) -> Array:
+        """Return -Σ (e_i·e_j - σ_ij)² over some pairs of unit spins (S, M, 3), σ that of the reference, shape (S,).
+
+        It has no second derivative at the reference, so J_ij from there stays as it is beside a biquadratic term.
+        """
+        result = np.zeros(len(spins))
+        for p in pairs:
+            here, there = self._ends(box, int(p))
+            signs = np.einsum("mx,mx->m", reference[here], reference[there])
+            result -= ((np.einsum("smx,smx->sm", spins[:, here], spins[:, there]) - signs) ** 2).sum(axis=1)
+        return result
 
     def shells(self) -> list[Shell]:
         """Return the shells in the order of their distances."""
@@ -514,7 +561,8 @@ class SpinModel:
             for group in np.split(chosen, breaks):
                 firsts = len(set(self.pairs.first[group].tolist()))
                 mean = float(isotropic[group].mean())
-                found.append(Shell(str(label), float(distance[group].mean()), round(len(group) / firsts), mean))
+                size = round(len(group) / firsts)
+                found.append(Shell(str(label), float(distance[group].mean()), size, mean, group))
         return sorted(found, key=lambda s: (round(s.distance, 3), s.label))
 
 

@@ -330,12 +330,20 @@ class Magnon(Property):
         }
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Say so where the reference state is not stable."""
-        if float(dataset["instability"]) < 0:
-            dataset.attrs["note"] = (
-                "the reference state is not stable: some tilts lower its energy, so magnon energies may be negative "
-                "or complex"
+        """Say so where the reference state is not stable, with the wave vector of the member where it is worst."""
+        if float(dataset["instability"]) >= 0:
+            return dataset
+        who = ""
+        if "instability_member" in dataset:
+            values = dataset["instability_member"].values
+            dataset["instability_q"] = dataset["instability_q"].copy(
+                data=dataset["instability_q_member"].values[int(values.argmin())]
             )
+            who = f" for {int((values < 0).sum())} of {len(values)} members"
+        dataset.attrs["note"] = (
+            f"the reference state is not stable{who}: some tilts lower its energy, so magnon energies may be negative "
+            "or complex"
+        )
         return dataset
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:

@@ -187,6 +187,12 @@ def test_where_the_heisenberg_picture_ends():
     assert float(fm["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 + 2 * b), rel=1e-6)
     afm = quick().run(with_moments(atoms, [M, -M]), toy)
     assert float(afm["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 - 2 * b), rel=1e-6)
+    for data, sign in ((fm, 1), (Exchange(points=5, mesh=8).run(with_moments(atoms, [M, -M]), toy), -1)):
+        # -J e·e - B (e·e)² is -(J + 2Bσ) e·e - B (e·e - σ)² and a number
+        np.testing.assert_allclose(data["biquadratic"], [1e3 * b, 0], atol=1e-6)
+        np.testing.assert_allclose(data["model_error_biquadratic"], 0, atol=1e-6)
+        assert float(data["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 + 2 * sign * b), rel=1e-6)
+    assert any(r.label == "B Fe-Fe, 2.425 Å" and r.value == pytest.approx(0.3) for r in Exchange().summary(fm))
     relative = (fm["model_error"] / fm["model_scale"]).values
     assert np.all(np.diff(relative) > 0)
     assert relative[0] < 1e-2

@@ -388,6 +388,10 @@ def test_committee_and_dataset(tmp_path):
     top = 1e3 * 4 / M * 16 * M**2 * np.array([1e-3, 2e-3, 4e-3])
     k = int(data["energy"].values[:, 0].argmax())
     assert float(data["energy"][k, 0]) == pytest.approx(top.mean(), rel=1e-9)
+    mixed = CommitteeToy([CapableToy(Heisenberg(j, 2.5), soc=False) for j in (1e-3, -2e-3)])
+    split = quick(path="GHN").run(ferromagnet(bulk("Fe", a=2.8)), mixed)
+    assert "for 1 of 2 members" in split.attrs["note"]
+    np.testing.assert_allclose(np.abs(split["instability_q"]), 0.5)
     assert float(data["energy_std"][k, 0]) == pytest.approx(top.std(ddof=1), rel=1e-9)
     assert np.trapezoid(data["dos"].values, data["dos_energy"].values) == pytest.approx(1, abs=2e-2)
     write_dataset(data, tmp_path / "x.nc")
