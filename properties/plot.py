@@ -337,3 +337,33 @@ def plot_relax(dataset: xr.Dataset) -> Figure:
     lower.set_ylabel("mean |m|  (µB)")
     lower.set_xlabel("step")
     return figure
+
+
+def plot_coupled(dataset: xr.Dataset) -> Figure:
+    """Draw coupled bands coloured by their magnon part, over the bands without coupling."""
+    figure = new_figure(8.0, 4.6)
+    axes: Any = figure.add_subplot(1, 1, 1)
+    apart = np.concatenate([dataset["phonon_energy"].values, dataset["magnon_energy"].values], axis=1)
+    place, apart = _broken(dataset["position"].values, apart)
+    axes.plot(place, apart, "-", color="0.75", lw=0.8, zorder=1)
+    energy, part = dataset["energy"].values, dataset["magnon_fraction"].values
+    positions = np.broadcast_to(dataset["position"].values[:, None], energy.shape)
+    order = np.argsort(part, axis=None)
+    shown = axes.scatter(
+        positions.ravel()[order],
+        energy.ravel()[order],
+        c=np.clip(part.ravel()[order], 0, 1),
+        s=6,
+        cmap="coolwarm",
+        vmin=0,
+        vmax=1,
+        zorder=2,
+    )
+    figure.colorbar(shown, ax=axes, label="magnon part")
+    top = 1.25 * max(float(dataset["phonon_energy"].max()), 1e-6)
+    axes.set_ylim(min(1.05 * float(energy.min()), 0.0), max(top, min(1.05 * float(energy.max()), 2 * top)))
+    axes.set_ylabel("energy (meV)")
+    axes.set_title(f"{dataset.attrs.get('formula', '')}  {dataset.attrs.get('magnetic_space_group', '')}", fontsize=10)
+    _mark(axes, json.loads(dataset.attrs["path_labels"]), -0.02)
+    axes.set_xlim(place[0], np.nanmax(place))
+    return figure
