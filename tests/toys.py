@@ -201,6 +201,32 @@ class Landau:
 
 
 @dataclass
+class Zeeman:
+    """``-Σ_i B m_z``."""
+
+    B: float
+    soc = True
+
+    def sites(self, s):
+        return -self.B * s.moments[..., 2]
+
+
+@dataclass
+class Tether:
+    """``Σ_i k/2 |u_i|² - g_i u_x m_z²`` with u the displacement from a home and g alternating in sign."""
+
+    home: np.ndarray
+    k: float
+    g: float = 0.0
+    soc = False
+
+    def sites(self, s):
+        u = s.positions - as_tensor(self.home)
+        signs = torch.tensor([1.0, -1.0], dtype=F64).repeat(len(self.home))[: len(self.home)]
+        return self.k / 2 * (u**2).sum(-1) - self.g * signs * u[:, 0] * s.moments[..., 2] ** 2
+
+
+@dataclass
 class AnisotropicLength:
     """``Σ_i g (|m|² - m0²) sin²θ`` about the third cell vector: the anisotropy changes with |m|."""
 
