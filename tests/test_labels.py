@@ -36,6 +36,7 @@ HARTREE, BOHR = 27.211386, 0.52917721
 SETTINGS = {
     "noncollinear": False, "ecut": 18, "pawecutdg": 36, "ecutsm": 0.5, "occopt": 6, "tsmear": 0.02, "k_spacing": 0.25,
     "tolvrs": 1e-6, "nstep": 45, "magcon_lambda": 0.02, "ratsph": {"Fe": 2.2, "Al": 2.2}, "ratsm": 0.05,
+    "valence": {"Fe": 8, "Al": 3},
 }  # fmt: skip
 COLLINEAR = Recipe("test-collinear", "abinit", ("Fe",), SETTINGS)
 NONCOLLINEAR = Recipe("test-noncollinear", "abinit", ("Fe",), {**SETTINGS, "noncollinear": True})
@@ -121,6 +122,20 @@ def test_antiferromagnets_are_run_with_one_spin(moments: tuple[float, float], sh
     atoms.positions[1] += shift
     job = make_job("pair", "pair", "train", atoms, np.array(moments))
     assert f"nsppol {spins} nspden 2" in write_input(job, SETTINGS, ("Fe",), "/paw")
+
+
+def test_bands_allow_for_moments_that_cancel() -> None:
+    def bands(symbols: str, moments: list[float], settings: dict) -> int:
+        atoms = Atoms(symbols, scaled_positions=np.random.default_rng(0).random((len(moments), 3)), cell=4 * np.eye(3))
+        text = write_input(make_job("x", "x", "train", atoms, np.array(moments)), settings, ("Fe",), "/paw")
+        return int(values(text, "nband")[0])
+
+    assert bands("Fe2", [2.2, 2.2], SETTINGS) == bands("Fe2", [2.2, -2.2], SETTINGS) == 11 + 1 + 4
+    assert bands("FeAl", [0.0, 0.0], SETTINGS) == 6 + 1 + 2
+    assert bands("Al2", [0.0, 0.0], SETTINGS) == 3 + 1 + 2
+    spinors = dict(NONCOLLINEAR.settings)
+    assert bands("Fe2", [2.2, -2.2], spinors) == 2 * bands("Fe2", [2.2, 2.2], SETTINGS)
+    assert bands("Fe2", [0.0, 0.0], spinors) == 2 * bands("Fe2", [0.0, 0.0], SETTINGS)
 
 
 def test_opposite_moments_on_sites_that_differ_keep_both_spins() -> None:

@@ -136,6 +136,31 @@ def is_antiferromagnet(job: Job) -> bool:
     return False
 
 
+def band_count(job: Job, settings: dict[str, Any], carriers: Sequence[str]) -> int:
+    """Number of bands that leaves the highest one empty at every k-point.
+
+    ABINIT's own number allows for the sum of the moments alone: where they cancel, partly filled bands are cut off, and
+    antiferromagnetic Fe comes out 5 meV/atom wrong.
+
+    Parameters
+    ----------
+    job : Job
+    settings : dict
+        `valence`, `noncollinear`.
+    carriers : sequence of str
+
+    Returns
+    -------
+    int
+        Of one spin; of two-component spinors in a non-collinear run.
+    """
+    electrons = sum(settings["valence"][symbol] for symbol in job.symbols)
+    filled = (electrons + float(np.linalg.norm(job.moments, axis=1).sum())) / 2
+    held = int(np.isin(job.symbols, carriers).sum())
+    bands = int(np.ceil(filled - 1e-6)) + 1 + max(2 * held, len(job.symbols))
+    return 2 * bands if settings["noncollinear"] and held else bands
+
+
 def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], datasets: str | Path) -> str:
     """ABINIT input of a job.
 
@@ -144,7 +169,8 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     job : Job
     settings : dict
         `noncollinear` (bool), `ecut`, `pawecutdg`, `ecutsm`, `tsmear` (Hartree), `occopt`, `k_spacing` (1/Å),
-        `tolvrs`, `nstep`, `magcon_lambda`, `ratsph` (Bohr, one for each element), `ratsm` (Bohr); optional `kmesh`.
+        `tolvrs`, `nstep`, `magcon_lambda`, `ratsph` (Bohr) and `valence` (electrons), one for each element, `ratsm`
+        (Bohr); optional `kmesh`.
     carriers : sequence of str
         Elements under the constraint.
     datasets : path
@@ -192,7 +218,7 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
         ]
     lines += [
         f"ecut {settings['ecut']} pawecutdg {settings['pawecutdg']} ecutsm {settings['ecutsm']}",
-        f"occopt {settings['occopt']} tsmear {settings['tsmear']}",
+        f"nband {band_count(job, settings, carriers)} occopt {settings['occopt']} tsmear {settings['tsmear']}",
         "ngkpt {} {} {} nshiftk 1 shiftk 0 0 0".format(*mesh),
         f"fftalg 401 iscf 7 tolvrs {settings['tolvrs']} nstep {settings['nstep']}",
         "prtwf 0 prtden 0 prteig 0 prtebands 0 prtgsr 0",
