@@ -175,3 +175,14 @@ def test_splits_are_disjoint_and_complete(tmp_path):
     path.write_text(json.dumps({"train": "p", "valid": [], "test": []}))
     with pytest.raises(LabelError, match="does not hold splits"):
         read_splits(path)
+
+
+def test_splits_of_several_systems_are_joined(tmp_path):
+    for name, parts in (("a", (["a1"], ["a2"], ["a3"])), ("b", (["b1"], [], ["b3"])), ("c", (["a2"], [], []))):
+        content = dict(zip(("train", "valid", "test"), parts, strict=True))
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    joined = read_splits([tmp_path / "a.json", tmp_path / "b.json"])
+    assert joined == Splits(frozenset({"a1", "b1"}), frozenset({"a2"}), frozenset({"a3", "b3"}))
+    assert read_splits(tmp_path / "a.json") == read_splits([tmp_path / "a.json"])
+    with pytest.raises(LabelError, match="a2 is in train and in valid"):
+        read_splits([tmp_path / "a.json", tmp_path / "c.json"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,25 +52,33 @@ class Splits:
         return [label for label in labels if self.part_of(label) == part]
 
 
-def read_splits(path: str | os.PathLike[str]) -> Splits:
-    """Read a splits file, JSON {"train": [parents], "valid": [parents], "test": [parents]}.
+def read_splits(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Splits:
+    """Read splits files, JSON {"train": [parents], "valid": [parents], "test": [parents]}, and join them.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
 
     Raises
     ------
     LabelError
-        The file is missing or has another form, or a parent is in two parts.
+        A file is missing or has another form, or a parent is in two parts.
     """
-    file = Path(path)
+    files = [paths] if isinstance(paths, str | os.PathLike) else paths
+    contents = [_read(Path(file)) for file in files]
+    return Splits(**{part: frozenset().union(*(content[part] for content in contents)) for part in PARTS})
+
+
+def _read(file: Path) -> dict[str, list[str]]:
     try:
         content = json.loads(file.read_text())
-        parts = {part: frozenset(_names(content[part])) for part in PARTS}
+        return {part: _names(content[part]) for part in PARTS}
     except FileNotFoundError:
         raise LabelError(f"there is no splits file {file}: give an existing JSON file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise LabelError(
             f'{file} does not hold splits: it needs {{"train": [parents], "valid": [parents], "test": [parents]}}.'
         ) from None
-    return Splits(**parts)
 
 
 def _names(value: object) -> list[str]:

@@ -35,7 +35,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     source = fit.add_mutually_exclusive_group(required=True)
     source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
     source.add_argument(
-        "--splits", metavar="FILE", help="JSON with the parents to train on, to validate on and to leave alone"
+        "--splits", nargs="+", metavar="FILE", help="JSON with the parents to train on, validate on and leave alone"
     )
     fit.add_argument("--out", required=True, metavar="DIR", help="folder for model, checkpoint and log")
     fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
@@ -53,7 +53,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     check.add_argument("labels", nargs="+", metavar="FILE", help="labels in extended XYZ")
     check.add_argument("--model", default="default", help="shipped name, .safetensors or committee .json")
-    check.add_argument("--splits", metavar="FILE", help="report each part of these splits too")
+    check.add_argument("--splits", nargs="+", metavar="FILE", help="report each part of these splits too")
     check.add_argument("--json", metavar="FILE", help="write the errors there")
     _add_machine_options(check)
     check.set_defaults(run=_evaluate)
