@@ -17,6 +17,14 @@ Array = NDArray[np.float64]
 
 DEGREE = 11
 
+CUBIC = {
+    "B1": ("MJ/m³", "magnetoelastic constant B1"),
+    "B2": ("MJ/m³", "magnetoelastic constant B2"),
+    "lambda100": ("1", "magnetostriction along [100]"),
+    "lambda111": ("1", "magnetostriction along [111]"),
+}
+"""Magnetoelastic constants of a cubic lattice with units and long names."""
+
 
 def magnetoelastic(
     atoms: Atoms,
@@ -54,7 +62,7 @@ def magnetoelastic(
     directions = local @ symmetry.frame
     volume = atoms.get_volume()
     slopes, stiffness = np.zeros((6, len(local))), np.zeros((6, 6))
-    to_voigt = _voigt_rotation(symmetry.frame)
+    to_voigt = voigt_rotation(symmetry.frame)
     done = 0
     for v in range(6):
         for k, weight in STENCIL:
@@ -91,18 +99,58 @@ def magnetoelastic(
         ),
     }
     if symmetry.system == "cubic":
-        first = np.mean([1.5 * tensors[a, a, a] for a in range(3)])
-        second = np.mean([2 * tensors[v, i, j] for v, (i, j) in enumerate(VOIGT) if v > 2])
-        c11, c44 = np.diag(stiffness)[:3].mean(), np.diag(stiffness)[3:].mean()
-        c12 = (stiffness[0, 1] + stiffness[0, 2] + stiffness[1, 2]) / 3
-        found["B1"] = variable((), first * MJ_PER_M3, "MJ/m³", "magnetoelastic constant B1")
-        found["B2"] = variable((), second * MJ_PER_M3, "MJ/m³", "magnetoelastic constant B2")
-        found["lambda100"] = variable((), -2 / 3 * first / (c11 - c12), "1", "magnetostriction along [100]")
-        found["lambda111"] = variable((), -1 / 3 * second / c44, "1", "magnetostriction along [111]")
+        cubic = cubic_constants(tensors, stiffness)
+        for key, (units, text) in CUBIC.items():
+            scale = MJ_PER_M3 if units == "MJ/m³" else 1.0
+            found[key] = variable((), cubic[key] * scale, units, text)
     return found
 
 
-def _voigt_rotation(frame: Array) -> Array:
+def cubic_constants(tensors: Array, stiffness: Array) -> dict[str, float]:
+    """Return B1, B2 and the magnetostriction of a cubic lattice.
+
+    Parameters
+    ----------
+    tensors : T of each Voigt strain in the lattice's axes, shape (6, 3, 3), energy per volume.
+    stiffness : in the lattice's axes and the same unit, shape (6, 6).
+
+    Returns
+    -------
+    ``B1``, ``B2`` in the unit of T; ``lambda100``, ``lambda111``.
+    """
+    first = float(np.mean([1.5 * tensors[a, a, a] for a in range(3)]))
+    second = float(np.mean([2 * tensors[v, i, j] for v, (i, j) in enumerate(VOIGT) if v > 2]))
+    c11, c44 = np.diag(stiffness)[:3].mean(), np.diag(stiffness)[3:].mean()
+    c12 = (stiffness[0, 1] + stiffness[0, 2] + stiffness[1, 2]) / 3
+    return {
+        "B1": first,
+        "B2": second,
+        "lambda100": float(-2 / 3 * first / (c11 - c12)),
+        "lambda111": float(-1 / 3 * second / c44),
+    }
+
+
+def projected(directions: Array, weights: Array, slopes: Array) -> Array:
+    """Return T from the change of dE/dε with the direction of the moments.
+
+    For ``g = n·T·n`` the mean over directions of ``s_a n_b + s_b n_a``, s the tangential derivative of g, is 4/5 T,
+    and harmonics of other degrees drop out of it.
+
+    Parameters
+    ----------
+    directions : unit vectors, one of each ±n, shape (B, 3).
+    weights : of a quadrature, shape (B,).
+    slopes : s of each Voigt strain, energy per volume, shape (6, B, 3).
+
+    Returns
+    -------
+    T of each Voigt strain, traceless, shape (6, 3, 3).
+    """
+    mean = np.einsum("b,vba,bc->vac", weights, slopes, directions) / weights.sum()
+    return 1.25 * (mean + mean.transpose(0, 2, 1))
+
+
+def voigt_rotation(frame: Array) -> Array:
     """Return the matrix that takes stress-like Voigt components to the axes of the frame, shape (6, 6)."""
     matrix = np.zeros((6, 6))
     for w, (i, j) in enumerate(VOIGT):

@@ -367,3 +367,76 @@ def plot_coupled(dataset: xr.Dataset) -> Figure:
     _mark(axes, json.loads(dataset.attrs["path_labels"]), -0.02)
     axes.set_xlim(place[0], np.nanmax(place))
     return figure
+
+
+def plot_elastic(dataset: xr.Dataset) -> Figure:
+    """Draw the constants of each level with those from finite strain, and Young's modulus in the lattice's planes."""
+    from .elastic import INDEPENDENT, to_tensor
+    from .magnetoelastic import voigt_rotation
+
+    figure = new_figure(10.0, 4.2)
+    left: Any = figure.add_subplot(1, 2, 1)
+    right: Any = figure.add_subplot(1, 2, 2, projection="polar")
+    labels = INDEPENDENT[dataset.attrs["system"]].split()
+    levels = [str(x) for x in dataset["level"].values]
+    place = np.arange(len(labels))
+    width = 0.8 / len(levels)
+    rows, columns = ([int(label[k]) - 1 for label in labels] for k in (0, 1))
+    for k, (level, colour) in enumerate(zip(levels, COLOURS, strict=False)):
+        values = dataset["C_lattice"].sel(level=level).values[rows, columns]
+        spread = dataset["C_lattice_std"].sel(level=level).values[rows, columns] if "C_lattice_std" in dataset else None
+        left.bar(place + (k - (len(levels) - 1) / 2) * width, values, width, yerr=spread, color=colour, label=level)
+    left.set_xticks(place, [f"C{label}" for label in labels])
+    left.set_ylabel("GPa")
+    left.set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    matrix = voigt_rotation(dataset["frame"].values)
+    inverse = np.linalg.inv(matrix)
+    compliance = inverse.T @ dataset["S"].values[-1] @ inverse
+    half = np.array([1.0, 1, 1, 0.5, 0.5, 0.5])
+    tensor = to_tensor(compliance * np.outer(half, half))
+    angle = np.linspace(0, 2 * np.pi, 241)
+    axes = np.eye(3)
+    for (a, b), colour, style in zip(((0, 1), (0, 2), (1, 2)), COLOURS, ("-", "--", ":"), strict=False):
+        n = np.outer(np.cos(angle), axes[a]) + np.outer(np.sin(angle), axes[b])
+        young = 1 / np.einsum("ijkl,bi,bj,bk,bl->b", tensor, n, n, n, n)
+        name = "x'y'z'"[2 * a : 2 * a + 2] + " → " + "x'y'z'"[2 * b : 2 * b + 2]
+        right.plot(angle, young, style, color=colour, label=name)
+    right.set_title(f"Young's modulus (GPa), {levels[-1]}", fontsize=10)
+    right.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def plot_curie(dataset: xr.Dataset) -> Figure:
+    """Draw order, susceptibility, heat and Binder cumulant of every run against temperature."""
+    figure = new_figure(9.0, 6.5)
+    panels = figure.subplots(2, 2, sharex=True)
+    axes = {"order": panels[0, 0], "susceptibility": panels[0, 1], "heat": panels[1, 0], "binder": panels[1, 1]}
+    labels = {"order": "|M| / M(0)", "susceptibility": "χ  (µB²/eV)", "heat": "C  (k_B)", "binder": "Binder cumulant"}
+    ways = list(dict.fromkeys(dataset["run_way"].values.tolist()))
+    temperature = dataset["temperature"].values
+    for run in range(dataset.sizes["run"]):
+        way, atoms = str(dataset["run_way"].values[run]), int(dataset["run_atoms"].values[run])
+        first = int(np.flatnonzero(dataset["run_way"].values == way)[0]) == run
+        for key, panel in axes.items():
+            panel.errorbar(
+                temperature,
+                dataset[key].values[run],
+                dataset[f"{key}_error"].values[run],
+                fmt="o-" if first else "s--",
+                ms=3.5,
+                lw=1.1,
+                capsize=2,
+                color=COLOURS[ways.index(way) % len(COLOURS)],
+                label=f"{way}, {atoms} moments",
+            )
+    measured = float(dataset["tc_measured"])
+    for key, panel in axes.items():
+        panel.set_ylabel(labels[key])
+        if temperature[0] <= measured <= temperature[-1]:
+            panel.axvline(measured, color="0.7", lw=0.8, zorder=0)
+    axes["order"].legend(frameon=False, fontsize=8)
+    axes["order"].set_title(dataset.attrs.get("formula", ""), fontsize=10)
+    for key in ("heat", "binder"):
+        axes[key].set_xlabel("temperature (K)")
+    return figure
