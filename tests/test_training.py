@@ -33,6 +33,7 @@ from mmace.training import (
     train,
 )
 from mmace.training.batches import DirectionBatch, LabelBatch
+from mmace.training.evaluate import _binned_ratios
 from mmace.training.loop import _redrawn
 from mmace.training.loss import direction_loss, label_loss
 from mmace.training.setup import reference_energies
@@ -523,6 +524,19 @@ def test_committee_mean_and_spread(teacher, labels):
     assert results["n_members"] == 2
     assert results["by_split"]["test"]["n_frames"] == len(test) == results["by_parent"]["t"]["n_frames"]
     assert results["committee"]["test"] == results["committee"]["all"]
+
+
+def test_calibration_by_size_of_the_spread():
+    """Errors drawn from the spread itself give one in every bin; a spread that says nothing gives a slope."""
+    rng = np.random.default_rng(1)
+    spread = np.exp(rng.normal(size=8000))
+    honest = _binned_ratios(np.abs(rng.normal(size=8000)) * spread, spread)
+    assert honest == pytest.approx([1.0] * 4, rel=0.06)
+    blind = _binned_ratios(np.abs(rng.normal(size=8000)), spread)
+    assert blind[0] > 2.0
+    assert blind[3] < 0.5
+    with_zeros = _binned_ratios(np.append(np.ones(4), np.zeros(40)), np.append(np.full(4, 2.0), np.full(40, 1e-17)))
+    assert with_zeros == pytest.approx([0.5] * 4)
 
 
 # Recipes and command line

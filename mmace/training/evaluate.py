@@ -19,6 +19,8 @@ from .loss import direction_energies
 from .recipe import Tolerances
 
 ATOMS_AT_ONCE = 64
+SPREAD_BINS = 4
+NO_SPREAD = 1e-9
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def mean_prediction(members: Sequence[Sequence[Prediction]]) -> list[Prediction]
 
 def spread_calibration(
     labels: Sequence[LabelledStructure], members: Sequence[Sequence[Prediction]]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """How far a committee's spread tells its error.
 
     Parameters
@@ -199,7 +201,8 @@ def spread_calibration(
     -------
     dict
         For each kind of label `rms_spread` and `rms_error` of the mean in the units of `Errors`,
-        `error_over_spread`, 1 for an honest spread, and `correlation` of |error| with the spread.
+        `error_over_spread`, 1 for an honest spread, `correlation` of |error| with the spread, and `binned`, error over
+        spread of the labels in quarters from the smallest spread to the largest.
     """
     by_member = {
         name: np.array([_differences(quantity, labels, predictions) for predictions in members])
@@ -216,8 +219,23 @@ def spread_calibration(
                 "rms_spread": rms_spread,
                 "error_over_spread": rms_error / rms_spread,
                 "correlation": float(np.corrcoef(error, spread)[0, 1]) if error.std() > 0 else 0.0,
+                "binned": _binned_ratios(error, spread),
             }
     return result
+
+
+def _binned_ratios(error: np.ndarray, spread: np.ndarray) -> list[float]:
+    """RMS error over RMS spread in bins of equal number from the smallest spread to the largest.
+
+    Components that symmetry makes zero in every member are left out: they have neither error nor spread.
+    """
+    order = np.argsort(spread, kind="stable")
+    order = order[spread[order] > NO_SPREAD * spread.max()]
+    return [
+        float(np.sqrt((error[part] ** 2).mean() / (spread[part] ** 2).mean()))
+        for part in np.array_split(order, SPREAD_BINS)
+        if len(part)
+    ]
 
 
 def report(
@@ -276,9 +294,10 @@ def table(results: Mapping[str, Any]) -> str:
         cells = ["-" if values[key] is None else form.format(values[key]) for _, key, form in columns]
         lines.append(" ".join([f"{name:{width}}", *(f"{cell:>10}" for cell in cells)]))
     for part, kinds in results.get("committee", {}).items():
-        lines.append(f"committee of {results['n_members']}, {part}: error / spread, correlation of the two")
+        lines.append(f"committee of {results['n_members']}, {part}: error / spread, correlation, ratio by spread")
         lines += [
-            f"  {kind:22} {values['error_over_spread']:6.2f} {values['correlation']:6.2f}"
+            f"  {kind:22} {values['error_over_spread']:6.2f} {values['correlation']:6.2f}   "
+            + " ".join(f"{ratio:.2f}" for ratio in values["binned"])
             for kind, values in kinds.items()
         ]
     return "\n".join(lines)
