@@ -382,7 +382,13 @@ class Phonon(Property):
         lattice = replace(plan.lattice, dataset=None)
         other = work.harmonic(lattice, plan.second, plan.lengths, 0, "second order")
         shifts = mode_shifts(found.phonon, other.phonon, q)
+        errors = {
+            "frequency_second_error": variable(
+                ("wave", "branch"), jackknife(other, q), "THz", "standard error of the second order over random states"
+            )
+        }
         return {
+            **(errors if other.states else {}),
             "frequency_second": variable(
                 ("wave", "branch"), frequencies(other.phonon, q), "THz", "frequency in the second order"
             ),
@@ -518,8 +524,9 @@ class Phonon(Property):
         rows.append(Row(f"lowest frequency, q = ({place})", float(dataset["lowest"]), "THz"))
         if float(dataset["imaginary_share"]) > 0:
             rows.append(Row("imaginary modes of the mesh", 100 * float(dataset["imaginary_share"]), "%"))
-        if "frequency_error" in dataset:
-            rows.append(Row("largest standard error", float(dataset["frequency_error"].max()), "THz"))
+        for key, label in (("frequency_error", ""), ("frequency_second_error", " of the second order")):
+            if key in dataset:
+                rows.append(Row(f"largest standard error{label}", float(dataset[key].max()), "THz"))
         rows.append(_row(dataset, "zero_point", "zero-point energy"))
         near = float(dataset["temperature"].sel(temperature=300.0, method="nearest"))
         for key, label in (("free_energy", "F"), ("entropy", "S"), ("heat_capacity", "C_v")):

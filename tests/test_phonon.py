@@ -187,6 +187,10 @@ def test_paramagnet_is_the_mean_over_its_states():
     assert float(dataset["frequency_error"].values[top]) == pytest.approx(error, rel=2e-2)
     unpolarised = closed_form(cartesian(dataset), *ferromagnet(0.0))[top]
     assert abs(float(dataset["frequency"].values[top]) - unpolarised) < 4 * error
+    again = quick(dim=dim, paramagnetic=states, seed=3, method="hessian", second="pm").run(bcc(), toy())
+    np.testing.assert_allclose(again["frequency"].values, closed_form(cartesian(again), *ferromagnet()), atol=1e-5)
+    np.testing.assert_allclose(again["frequency_second"].values, expected, atol=1e-5)
+    np.testing.assert_allclose(again["frequency_second_error"], dataset["frequency_error"], atol=1e-9)
 
 
 def read_supercell(cell, dim):
