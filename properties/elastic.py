@@ -185,7 +185,8 @@ def expand(
     full[size:, size:] = found["mm"].reshape(size, size)
     coupling = np.concatenate([found["er"].reshape(6, size), found["em"].reshape(6, size)], axis=1)
     moves = null_space(np.tile(np.eye(3), n)) if ions else np.zeros((size, 0))
-    turns = _moment_basis(moments_of(atoms), mode, mode == "full" and _turns_freely(atoms, calculator))
+    free = mode == "full" and _turns_freely(atoms, calculator)
+    turns = _moment_basis(moments_of(atoms), mode, free)
     basis = block_diag(moves, turns)
     inner = basis.T @ full @ basis
     return Expansion(found["ee"], coupling @ basis, (inner + inner.T) / 2, basis)
@@ -346,7 +347,7 @@ class Elastic(Property):
         atoms = self._stationary(atoms, calculator, mode, progress)
         moments, volume, n = moments_of(atoms), atoms.get_volume(), len(atoms)
         forces, stress = calculator.forces(atoms, moments), _tensor(calculator.stress(atoms, moments))
-        soc = calculator.soc is not False
+        soc = not _turns_freely(atoms, calculator)
         group = site_symmetry(atoms, moments, soc, self.options.symprec, self.options.mag_symprec)
         system, frame = lattice_frame(atoms, group.rotations, self.options.symprec)
         levels = _levels(mode)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
-from ase.neighborlist import primitive_neighbor_list
+from matscipy.neighbours import neighbour_list
 
 F64 = torch.float64
 KAPPA = 160.21766208
@@ -48,8 +48,8 @@ class System:
         return along + torch.cos(angle) * (m - along) + torch.sin(angle) * across
 
     def pairs(self, cutoff):
-        i, j, shift = primitive_neighbor_list(
-            "ijS", [True] * 3, self.fixed_cell, self.fixed_positions, cutoff, self_interaction=False
+        i, j, shift = neighbour_list(
+            "ijS", positions=self.fixed_positions, cell=self.fixed_cell, pbc=[True] * 3, cutoff=float(cutoff)
         )
         r = self.positions[j] + as_tensor(shift) @ self.cell - self.positions[i]
         return torch.as_tensor(i), torch.as_tensor(j), r, shift
