@@ -37,6 +37,7 @@ SAME_ENERGY = 1e-4
 VISIBLE = 1e-4
 """Gaps smaller than this, in meV, are crossings."""
 LISTED = 6
+HALVINGS = 6
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class SpinLattice:
         everywhere = turned[self.partner]
         rm: Array = np.einsum("iajx,jbx->iajb", blocks["rm"], everywhere)
         mm: Array = np.einsum("iax,ixjy,jby->iajb", turned, blocks["mm"], everywhere)
-        self.rr, self.rm, self.mm = self._follow(phonon, blocks["rr"], rm, mm) if follow else (blocks["rr"], rm, mm)
+        parts = self._follow(phonon, blocks["rr"], rm, mm) if follow else (blocks["rr"], rm, mm)
+        self.couplings = [self._couplings(part) for part in parts]
+        self.spin_scale = float(np.abs(self.inward).max() + np.abs(parts[2][self.sites][:, :2]).max())
 
     def _follow(self, phonon: Phonopy, rr: Array, rm: Array, mm: Array) -> tuple[Array, Array, Array]:
         """Eliminate the lengths of all moments of the supercell, the third of their coordinates.
@@ -149,20 +152,25 @@ class SpinLattice:
                 weight += [1 / number] * number
         self.first, self.second = np.array(first), np.array(second)
         self.between, self.weight = np.concatenate(between), np.array(weight)
+        pair = self.first * self.count + self.partner[self.second]
+        self.groups = [np.flatnonzero(pair == k) for k in range(self.count**2)]
 
-    def _bloch(self, block: Array, q: Array) -> Complex:
-        """Return a block (n, 3, N, 3) at wave vectors (Q, 3), shape (Q, 3n, 3n)."""
+    def _couplings(self, block: Array) -> list[Array]:
+        """Return a block (n, 3, N, 3) by pairs of primitive atoms, each shape (images, 9)."""
         values = block[self.first, :, self.second] * self.weight[:, None, None]
-        phases = np.exp(2j * np.pi * q @ self.between.T)
-        place = self.first * self.count + self.partner[self.second]
-        sums = np.zeros((self.count**2, len(q), 3, 3), dtype=complex)
-        np.add.at(sums, place, np.einsum("qp,pab->pqab", phases, values))
-        matrix = sums.reshape(self.count, self.count, len(q), 3, 3).transpose(2, 0, 3, 1, 4)
-        return np.asarray(matrix.reshape(len(q), 3 * self.count, 3 * self.count))
+        return [values[group].reshape(-1, 9) for group in self.groups]
 
     def blocks(self, q: Array) -> tuple[Complex, Complex, Complex]:
         """Return H_uu (eV/Å²), H_ut (eV/Å) and H_tt (eV) at wave vectors (Q, 3)."""
-        uu, um, mm = (self._bloch(block, q) for block in (self.rr, self.rm, self.mm))
+        n = self.count
+        phases = [np.exp(2j * np.pi * q @ self.between[group].T) for group in self.groups]
+        uu, um, mm = (
+            np.array([p @ values for p, values in zip(phases, couplings, strict=True)])
+            .reshape(n, n, len(q), 3, 3)
+            .transpose(2, 0, 3, 1, 4)
+            .reshape(len(q), 3 * n, 3 * n)
+            for couplings in self.couplings
+        )
         tilts = (3 * self.sites[:, None] + np.arange(2)).ravel()
         tt = mm[:, tilts][:, :, tilts] + np.kron(np.diag(self.inward), np.eye(2))
         return _hermitian(uu), um[:, :, tilts], _hermitian(tt)
@@ -217,11 +225,6 @@ class SpinLattice:
         phonons = np.sign(squares) * np.sqrt(np.abs(squares))
         magnons = normal_modes(tt, self.spin_bracket, self.zero, self.spin_scale).energies
         return phonons, magnons
-
-    @property
-    def spin_scale(self) -> float:
-        """Size of the terms that the form of the tilts is a sum of, eV."""
-        return float(np.abs(self.inward).max() + np.abs(self.mm[self.sites][:, :2]).max())
 
 
 def _hermitian(matrices: Complex) -> Complex:
@@ -416,20 +419,20 @@ def find_crossings(
     ``gap`` and ``energy`` in meV, shape (segments, phonons, magnons), NaN where there is no crossing, and of several
     the one with the largest gap; ``q`` of the same shape with three components.
     """
-    phonons, magnons = crystal.uncoupled(q)
     ends = [(x, y) for (_, x), (_, y) in itertools.pairwise(labels) if y > x]
-    shape = len(ends), phonons.shape[1], magnons.shape[1]
+    shape = len(ends), 3 * crystal.count, len(crystal.sites)
     gap, energy, place = np.full(shape, np.nan), np.full(shape, np.nan), np.full((*shape, 3), np.nan)
     for number, (low, high) in enumerate(ends):
-        inside = np.flatnonzero((position >= low - 1e-9) & (position <= high + 1e-9))
-        inside = inside[_straight(q[inside])]
+        inside = q[(position >= low - 1e-9) & (position <= high + 1e-9)]
+        waves = _refined(inside[_straight(inside)])
+        phonons, magnons = crystal.uncoupled(waves)
         for b, c in np.ndindex(*shape[1:]):
-            difference = phonons[inside, b] - magnons[inside, c]
+            difference = phonons[:, b] - magnons[:, c]
             apart = np.flatnonzero(np.abs(difference) > SAME_ENERGY * 1e-3)
             for start, end in itertools.pairwise(apart):
                 if difference[start] * difference[end] > 0:
                     continue
-                found = _crossing(crystal, q[inside[start]], q[inside[end]], b, c)
+                found = _crossing(crystal, waves[start], waves[end], b, c)
                 if not found.gap <= gap[number, b, c]:
                     gap[number, b, c], energy[number, b, c], place[number, b, c] = found.gap, found.energy, found.q
     return {"gap": gap, "energy": energy, "q": place}
@@ -442,6 +445,16 @@ def _straight(q: Array) -> NDArray[np.bool_]:
     along = q[len(q) // 2] - q[len(q) // 2 - 1]
     off = np.cross(q - q[len(q) // 2], along / np.linalg.norm(along))
     return np.asarray(np.linalg.norm(off, axis=1) < 1e-6)
+
+
+def _refined(q: Array) -> Array:
+    """Add wave vectors ever closer to both ends of a line, where magnons and sound meet at small energies."""
+    if len(q) < 2:
+        return q
+    parts = (0.5 ** np.arange(HALVINGS, 0, -1))[:, None]
+    first, last = q[0] + parts * (q[1] - q[0]), q[-1] + parts[::-1] * (q[-2] - q[-1])
+    middle = q[1:-1]
+    return np.concatenate([q[:1], first, middle, last, q[-1:]]) if len(q) > 2 else np.concatenate([q[:1], first, q[1:]])
 
 
 def _crossing(crystal: SpinLattice, start: Array, end: Array, branch: int, magnon: int) -> Crossing:

@@ -382,13 +382,13 @@ class Phonon(Property):
         lattice = replace(plan.lattice, dataset=None)
         other = work.harmonic(lattice, plan.second, plan.lengths, 0, "second order")
         shifts = mode_shifts(found.phonon, other.phonon, q)
-        errors = {
-            "frequency_second_error": variable(
+        data: dict[str, Any] = {}
+        if other.states:
+            data["frequency_second_error"] = variable(
                 ("wave", "branch"), jackknife(other, q), "THz", "standard error of the second order over random states"
             )
-        }
         return {
-            **(errors if other.states else {}),
+            **data,
             "frequency_second": variable(
                 ("wave", "branch"), frequencies(other.phonon, q), "THz", "frequency in the second order"
             ),
@@ -421,7 +421,10 @@ class Phonon(Property):
         return np.array(slopes), elements
 
     def _quasi_harmonic(self, work: "Work", plan: Plan) -> tuple[dict[str, Any], Array]:
-        """Return V(T), expansion, bulk modulus and C_p from free energies at several volumes."""
+        """Return V(T), expansion, bulk modulus and C_p from free energies at several volumes.
+
+        They are NaN where a mode of some volume is imaginary, and where V(T) lies outside the volumes computed.
+        """
         scales = np.linspace(1 - self.options.strain, 1 + self.options.strain, self.options.volumes)
         step = self.options.t_step
         temperatures = np.concatenate([self._temperatures(), self.options.t_max + step * np.array([1.0, 2.0, 3.0])])
@@ -450,6 +453,9 @@ class Phonon(Property):
             ):
                 part = np.asarray(getattr(quasi, attribute), dtype=float)[:count]
                 values[key][: len(part)] = part
+            outside = (values["volume"] < min(volumes)) | (values["volume"] > max(volumes))
+            for part in values.values():
+                part[outside] = np.nan
         label = ("temperature",)
         return {
             "static_energy": variable("volume_point", energies, "eV/atom", "energy without vibrations"),
@@ -485,6 +491,11 @@ class Phonon(Property):
             dataset.attrs["note"] = (
                 f"imaginary modes, the lowest {everything[best]:.3g} THz at q = ({place}): this order of this crystal "
                 "is no minimum of the energy; thermal properties leave them out"
+            )
+        elif "volume" in dataset and not np.isfinite(dataset["volume"].values).all():
+            dataset.attrs["note"] = (
+                "V(T) leaves the range of volumes above some temperature, or a volume has imaginary modes; there the "
+                "quasi-harmonic results are left out"
             )
         if self._plan is not None:
             self._write(dataset, calculator, self._plan)

@@ -1,12 +1,15 @@
 """Phonons against spring lattices and exchange that depends on distance, and against phonopy's own commands."""
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 import yaml
 from ase import Atoms
@@ -22,7 +25,7 @@ from scipy import constants
 
 from mmace.calculator import MMACECalculator
 
-from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy, Uniaxial
+from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy, Uniaxial, scatter
 
 IRON = get_atomic_data().atom_data[26][3]
 TERAHERTZ = np.sqrt(constants.e / 1e-20 / constants.atomic_mass) / (2 * np.pi) * 1e-12
@@ -76,8 +79,6 @@ def quick(**options):
 
 
 def cartesian(dataset):
-    import json
-
     cell = np.array(json.loads(dataset.attrs["primitive_cell"]))
     return 2 * np.pi * dataset["q"].values @ np.linalg.inv(cell).T
 
@@ -295,6 +296,10 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
     expansion = (gamma * heat).sum() / (float(at["bulk_modulus"]) * 1e9 * volume * 1e-30)
     assert float(at["expansion"]) == pytest.approx(expansion, rel=0.02)
     assert abs(expansion) > 1e-6
+    settings |= {"volumes": 5, "strain": 1e-4}
+    narrow = quick(method="hessian", **settings).run(atoms, CapableToy(*terms, soc=False))
+    assert np.isnan(narrow["volume"].values).any()
+    assert "leaves the range" in narrow.attrs["note"]
 
 
 def test_committee_goes_through_the_whole_property():
@@ -483,3 +488,37 @@ def test_command_line_both_ways(tmp_path, capsys):
         said = capsys.readouterr().err
         assert sentence in said
         assert said.count("\n") == 1
+
+
+def test_rocksalt_stable_by_disorder_alone():
+    """CrN's case: without moments a mode is imaginary, with disordered moments none is; nitrogen carries none."""
+    size = 4.1
+    cell = bulk("CrN", "rocksalt", a=size, cubic=True)
+    atoms = with_moments(cell, np.outer(cell.symbols == "Cr", [0, 0, 2.5]))
+    # springs under pressure bend outwards; moments stiffen them by their length, in whatever direction they point
+    calculator = CapableToy(
+        Springs(6.0, size / 2 + 0.06, size / 2 + 0.1), LengthSprings(0.5, size / np.sqrt(2), 3.1), soc=False
+    )
+    options = {"dim": (1, 1, 1), "points": 12, "second": "nm", "paramagnetic": 3, "moments": "fixed"}
+    dataset = quick(**options).run(atoms, calculator)
+    assert dataset.sizes["site"] == 2
+    assert dataset["frequency_second"].values.min() < -1
+    assert dataset["frequency"].values.min() > -1e-3
+    assert dataset["frequency_error"].values.max() < 1e-6
+    assert dataset.attrs["order"] == "paramagnetic"
+
+
+@dataclass
+class LengthSprings:
+    """``Σ_{i≠j} k/4 m_i² m_j² (r - r0)²`` inside the cut-off: bonds that moments make stiff."""
+
+    k: float
+    r0: float
+    cutoff: float
+    soc = False
+
+    def sites(self, s):
+        i, j, r, _ = s.pairs(self.cutoff)
+        square = (s.moments**2).sum(-1)
+        stretch = (torch.linalg.norm(r, dim=1) - self.r0) ** 2
+        return scatter(self.k / 4 * square[:, i] * square[:, j] * stretch, i, len(s.positions))
