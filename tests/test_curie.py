@@ -1,0 +1,226 @@
+"""Ordering temperatures of spin models whose temperatures are known, and one engine against the other."""
+
+import os
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase import Atoms
+from ase.build import bulk
+from mmace_props import curie
+from mmace_props.base import write_dataset
+from mmace_props.curie import Curie, measured_temperature, spirit_is_installed, spirit_walk
+from mmace_props.errors import CalculatorError, MomentError, OptionError
+from mmace_props.exchange import Exchange
+from mmace_props.journal import Journal
+from mmace_props.protocol import SpinCalculator, with_moments
+from mmace_props.sampling import Walkers, statistics
+from mmace_props.supercell import Supercell
+
+from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy
+
+BOLTZMANN = 8.617333262e-5
+J, M = 3e-3, 2.0
+BOND = 2 * J * M**2
+"""Energy of a bond, both ij and ji."""
+SIMPLE_CUBIC = 1.44292
+"""k_B T_c over the energy of a bond, classical Heisenberg model (Chen, Ferrenberg & Landau, Phys. Rev. B 48, 3249)."""
+
+needs_spirit = pytest.mark.skipif(not spirit_is_installed(), reason="Spirit is not installed")
+
+
+def cubic(m=M):
+    return with_moments(bulk("Fe", "sc", a=2.4), [[0, 0, m]])
+
+
+def toy():
+    return CapableToy(Heisenberg(J, 2.5), soc=False)
+
+
+def sampled(temperature, size=4, samples=400):
+    """Energy per atom in kT and order of the simple cubic model by hybrid Monte Carlo of the calculator."""
+    box = Supercell(cubic(), np.array([0]), (size,) * 3)
+    start = box.tiled(np.array([[0, 0, M]]))
+    walk = Walkers(box.atoms, start, box.magnetic, SpinCalculator(toy()), temperature, "directions", 8, seed=1)
+    ground = walk.slope.energy[0]
+    found = walk.run(60, samples, 6)
+    return statistics(found["energy"] - ground, found["moments"].mean(axis=2) / M, BOLTZMANN * temperature)
+
+
+@needs_spirit
+def test_two_engines_on_one_model():
+    """Spirit's thermal motion under the exported J and hybrid Monte Carlo of the Hamiltonian itself agree."""
+    exchange = Exchange(states=0, points=5, mesh=4, radius=2.6).run(cubic(), toy())
+    temperature = 0.8 * SIMPLE_CUBIC * BOND / BOLTZMANN
+    here = sampled(temperature, 3, 250)
+    there = spirit_walk(exchange, 3, temperature, 6000, 3)
+    there = statistics(there["energy"], there["order"], BOLTZMANN * temperature)
+    for name in ("energy", "order", "heat", "binder"):
+        (a, da), (b, db) = getattr(here, name), getattr(there, name)
+        assert abs(a - b) < 4.5 * np.hypot(da, db), name
+        assert np.hypot(da, db) < 0.1 * abs(a), name
+
+
+@needs_spirit
+def test_spirit_on_a_chain():
+    """⟨e·e'⟩ of the chain is Langevin's function: factors of two, the unit of J and the temperature in one number."""
+    atoms = with_moments(Atoms("Fe", cell=[2.4, 4.0, 4.0], pbc=True), [[0, 0, M]])
+    exchange = Exchange(states=0, points=5, mesh=4, radius=2.6).run(atoms, toy())
+    temperature = 0.7 * BOND / BOLTZMANN
+    found = spirit_walk(exchange, 10, temperature, 2500, 5)
+    found = statistics(found["energy"], found["order"], BOLTZMANN * temperature)
+    x = 1 / 0.7
+    expected = 1000 * BOND * (1 - 1 / np.tanh(x) + 1 / x)
+    assert abs(found.energy[0] - expected) < 4.5 * found.energy[1] + 5e-3 * expected
+    assert found.energy[1] < 3e-3 * expected
+    again = spirit_walk(exchange, 4, temperature, 20, 5)["energy"]
+    np.testing.assert_array_equal(spirit_walk(exchange, 4, temperature, 20, 5)["energy"], again)
+
+
+def test_high_temperature_series():
+    """Far above T_c the energy of a bond is -bond²/3kT (1 + …): from the series of the Langevin function."""
+    temperature = 12 * BOND / BOLTZMANN
+    found = sampled(temperature, size=3, samples=150)
+    # 3 bonds per atom; ⟨e·e'⟩ = L(K) + four-cycles of order K³, K = bond/kT; three sites around close cycles too: L³/K
+    k = 1 / 12
+    langevin = 1 / np.tanh(k) - 1 / k
+    energy = 27 * 3 * BOND * (1 - langevin - langevin**2)
+    assert abs(found.energy[0] - energy) < 4.5 * found.energy[1] + 2e-3 * energy
+    assert found.energy[1] < 2e-3 * energy
+    assert found.binder[0] == pytest.approx(4 / 9, abs=0.03)
+
+
+@needs_spirit
+def test_simple_cubic_temperatures():
+    """Mean field, RPA through Watson's integral, and the Binder crossing of the known transition."""
+    exact = SIMPLE_CUBIC * BOND / BOLTZMANN
+    temperatures = tuple(float(round(x * exact)) for x in (0.9, 1.0, 1.1))
+    data = Curie(ways=("model",), temperatures=temperatures, model_sizes=(4, 8), model_samples=2000, radius=2.6).run(
+        cubic(), toy()
+    )
+    mean_field = 2 / 3 * 6 * J * M**2 / BOLTZMANN
+    assert float(data["tc_mean_field"]) == pytest.approx(mean_field, rel=1e-6)
+    assert float(data["tc_rpa"]) == pytest.approx(mean_field / 1.5163860591519780, rel=1e-4)
+    crossing, error = float(data["tc_binder"][0]), float(data["tc_binder_error"][0])
+    assert error < 0.05 * exact
+    assert abs(crossing - exact) < 3 * error
+    assert np.all(np.diff(data["order"].values, axis=1) < 0)
+    assert data["run_atoms"].values.tolist() == [64, 512]
+
+
+def test_sampling_of_the_potential():
+    """Small boxes of a calculator: order falls with temperature, moments that change length hold more energy."""
+    exact = SIMPLE_CUBIC * BOND / BOLTZMANN
+    options = {
+        "ways": ("directions", "moments"),
+        "temperatures": tuple(float(round(x * exact)) for x in (0.3, 1.0, 1.7)),
+        "sizes": (2, 3),
+        "trajectories": 40,
+        "radius": 2.6,
+        "moments": "magnitudes",
+    }
+    terms = (Heisenberg(J, 2.5), Landau(0.08, 0.012))
+    data = Curie(**options).run(cubic(), CapableToy(*terms, soc=False))
+    assert data["run_way"].values.tolist() == ["directions", "directions", "moments", "moments"]
+    assert data["run_atoms"].values.tolist() == [8, 27, 8, 27]
+    order = data["order"].values
+    assert np.all(np.diff(order, axis=1) < 0)
+    assert np.all((data["acceptance"].values > 0.5) & (data["acceptance"].values < 0.99))
+    # three directions and one magnitude hold more energy than two directions
+    assert np.all(data["energy"].values[2:, 0] > data["energy"].values[:2, 0])
+    assert np.all(data["heat"].values > 0)
+    again = Curie(**options).run(cubic(), CapableToy(*terms, soc=False))
+    xr.testing.assert_identical(again, data)
+
+
+def test_antiferromagnets_order_by_their_signs():
+    """Layers of rocksalt: the order vector counts every moment with its sign, non-magnetic atoms stay out."""
+    atoms = bulk("CrN", "rocksalt", a=4.1, cubic=True)
+    layers = np.where(np.isclose(atoms.get_scaled_positions()[:, 2] % 1, 0), 1.0, -1.0)
+    atoms = with_moments(atoms, np.where(atoms.numbers == 24, 2.5 * layers, 0.0))
+    model = CapableToy(Heisenberg(-4e-3, 3.0), Heisenberg(1.5e-3, 4.2), soc=False)
+    options = {"temperatures": (20.0, 3000.0), "sizes": (2,), "trajectories": 30, "radius": 4.2}
+    data = Curie(ways=("directions",), **options).run(atoms, model)
+    # layers cost nothing to turn into other layers of the same kind, so the order is soft
+    assert float(data["order"][0, 0]) > 0.75
+    assert float(data["order"][0, 1]) < 0.6
+    assert data.attrs["measured"] == "CrN"
+    assert float(data["tc_measured"]) == 280
+    assert data["run_atoms"].values.tolist() == [16]
+
+
+def test_atoms_that_move():
+    """The lattice way runs, and its springs hold three halves of kT for every atom but the centre."""
+    atoms = cubic()
+    model = CapableToy(Heisenberg(J, 2.9, 1.0), Landau(0.08, 0.012), Springs(9.0, 2.4, 3.0), soc=False)
+    data = Curie(ways=("lattice",), temperatures=(100.0,), sizes=(2,), trajectories=20, radius=3.0, walkers=1).run(
+        atoms, model
+    )
+    # 24 coordinates of moments and 21 of atoms share the energy
+    assert 10 < float(data["energy"][0, 0]) * 8 / (BOLTZMANN * 1e5) < 40
+    assert 0.4 < float(data["acceptance"][0, 0]) <= 1
+
+
+def test_restart(tmp_path):
+    """Walks that are finished are read back: nothing is asked of the calculator, and the numbers are the same."""
+    asked = []
+
+    class Counting(CapableToy):
+        def evaluate_spins(self, *args, **named):
+            asked.append(1)
+            return super().evaluate_spins(*args, **named)
+
+    model = Counting(Heisenberg(J, 2.5), soc=False)
+    options = {"ways": ("directions",), "temperatures": (200.0, 400.0), "trajectories": 10, "radius": 2.6}
+    one = Curie(**options).run(cubic(), model, journal=Journal(tmp_path / "parts", 0.0))
+    first = len(asked)
+    again = Curie(**options).run(cubic(), model, journal=Journal(tmp_path / "parts", 0.0))
+    assert first > 50
+    assert len(asked) == first
+    xr.testing.assert_identical(again, one)
+    other = Curie(seed=1, **options).run(cubic(), model, journal=Journal(tmp_path / "parts", 0.0))
+    assert np.abs(other["order"] - one["order"]).max() > 0
+
+
+def test_committee_and_dataset(tmp_path):
+    """The first member alone unless all are asked for; a file that opens plainly, a table, a picture."""
+    toys = CommitteeToy([CapableToy(Heisenberg(j, 2.5), soc=False) for j in (2e-3, 4e-3)])
+    options = {"ways": ("directions",), "temperatures": (200.0, 400.0, 600.0), "trajectories": 10, "radius": 2.6}
+    one = Curie(**options).run(cubic(), toys)
+    assert float(one["tc_mean_field"]) == pytest.approx(2 / 3 * 6 * 2e-3 * M**2 / BOLTZMANN, rel=1e-6)
+    both = Curie(committee=True, **options).run(cubic(), toys)
+    assert float(both["tc_mean_field"]) == pytest.approx(2 / 3 * 6 * 3e-3 * M**2 / BOLTZMANN, rel=1e-6)
+    assert both.sizes["member"] == 2
+    write_dataset(one, tmp_path / "x.nc")
+    with xr.open_dataset(tmp_path / "x.nc") as again:
+        xr.testing.assert_identical(again.load(), one)
+    labels = [r.label for r in Curie().summary(one)]
+    assert "mean field of J" in labels
+    assert "potential, directions, peak of χ, 8 moments" in labels
+    Curie().plot(one).savefig(tmp_path / "x.png")
+    assert os.path.getsize(tmp_path / "x.png") > 1000
+
+
+def test_measured_values():
+    """Known crystals in any cell; nothing for others."""
+    assert measured_temperature(bulk("Fe", cubic=True, a=2.85)) == (1043.0, "bcc Fe")
+    assert np.isnan(measured_temperature(bulk("Fe", "fcc", a=3.6))[0])
+
+
+def test_refusals(monkeypatch):
+    """What gives no temperature, each in one sentence."""
+    with pytest.raises(MomentError, match="no magnetic order"):
+        Curie(ways=("directions",)).run(with_moments(cubic(), [[0, 0, 0]]), toy())
+    atoms = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8] * 3, pbc=True)
+    with pytest.raises(MomentError, match="collinear"):
+        Curie(ways=("directions",)).run(with_moments(atoms, [[0, 0, M], [0, M, 0]]), toy())
+    with pytest.raises(OptionError, match="give --temperatures"):
+        Curie(ways=("directions",), radius=2.6).run(cubic(), CapableToy(Heisenberg(-J, 2.5), soc=False))
+    with pytest.raises(CalculatorError, match="gives magnetic_forces"):
+        Curie(ways=("directions",)).run(cubic(), Toy(Heisenberg(J, 2.5), gives=("energy",)))
+    monkeypatch.setattr(curie, "spirit_is_installed", lambda: False)
+    with pytest.raises(CalculatorError, match="install it"):
+        Curie().run(cubic(), toy())
+    for bad in ({"ways": ("magic",)}, {"temperatures": (300.0, 200.0)}, {"sizes": (3, 2)}, {"measure": "area"}):
+        with pytest.raises(OptionError):
+            Curie(**bad)
