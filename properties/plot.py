@@ -289,9 +289,9 @@ def plot_phonon(dataset: xr.Dataset) -> Figure:
     bands.axhline(0, color="0.8", lw=0.8, zorder=0)
     bands.set_ylabel("frequency (THz)")
     order = "paramagnetic, " if dataset.attrs.get("order") == "paramagnetic" else ""
-    bands.set_title(
-        f"{dataset.attrs.get('formula', '')}, {order}moments {dataset.attrs['moments_follow']}", fontsize=10
-    )
+    follow = {"fixed": "moments held", "magnitudes": "|m| follows", "full": "moments follow"}
+    title = f"{dataset.attrs.get('formula', '')}, {order}{follow[dataset.attrs['moments_follow']]}"
+    bands.set_title(title, fontsize=10)
     _mark(bands, json.loads(dataset.attrs["path_labels"]), -0.02)
     bands.set_xlim(place[0], np.nanmax(place))
     density.plot(dataset["dos"].values, dataset["dos_frequency"].values, color=COLOURS[0], lw=1.2)
