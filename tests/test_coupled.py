@@ -7,6 +7,7 @@ from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.bosons import normal_modes
+from mmace_props.cli import main
 from mmace_props.coupled import MEV_PER_THZ, Coupled, SpinLattice
 from mmace_props.errors import ConvergenceError, MomentError, OptionError
 from mmace_props.lattice import Lattice
@@ -247,3 +248,15 @@ def test_committee_unstable_states_and_refusals(tmp_path):
     with pytest.raises(ConvergenceError, match="saddle point"):
         quick(moments="magnitudes").run(two, saddle)
     assert moments_of(two)[1, 2] == -1.0
+
+
+def test_command_line(tmp_path, capsys):
+    """The command prints its table and writes its dataset."""
+    chain().write(tmp_path / "POSCAR", format="vasp", direct=True)
+    command = ["coupled", str(tmp_path / "POSCAR"), "--calculator", "tests.toys:from_options", "--moments", "fixed"]
+    command += ["--order", "fm", "--dim", "3", "1", "1", "--points", "9", "-o", str(tmp_path / "a.nc")]
+    assert main(command) == 0
+    assert "highest magnon without coupling" in capsys.readouterr().out
+    with xr.open_dataset(tmp_path / "a.nc") as dataset:
+        assert dataset.sizes["branch"] == 4
+        np.testing.assert_allclose(dataset["moments"].values, [[0, 0, 2.2]])
