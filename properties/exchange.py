@@ -77,8 +77,52 @@ class ExchangeOptions(Options):
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A reference state in its primitive cell.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    along : moments along their directions, signed where they share one axis, µB, shape (N,).
+    directions : unit vectors, shape (N, 3).
+    collinear : whether the moments share one axis.
+    """
+
+    cell: Atoms
+    along: Array
+    directions: Array
+    collinear: bool
+
+    @property
+    def moments(self) -> Array:
+        """Moments in µB, shape (N, 3)."""
+        return self.along[:, None] * self.directions
+
+    @property
+    def sites(self) -> NDArray[np.intp]:
+        """Atoms that take part."""
+        return np.flatnonzero(np.abs(self.along) >= SMALLEST_MOMENT)
+
+    @property
+    def pattern(self) -> Array:
+        """What symmetry keeps: signed lengths (N,) where collinear, moments (N, 3) where not."""
+        return self.along if self.collinear else self.moments
+
+    def turns(self, symprec: float, mag_symprec: float) -> Array:
+        """Return rotations of the whole reference that together show all components of a tensor, shape (K, 3, 3)."""
+        if self.collinear:
+            frame = pattern_symmetry(self.cell, self.along, symprec, mag_symprec).frame
+            return np.array([shortest_rotation(self.directions[0], e) for e in frame])
+        # quarter turns and their products bring every moment near every axis of the cell
+        frame = np.linalg.qr(self.cell.cell[:].T)[0]
+        thirds = [np.eye(3)[[k % 3, (k + 1) % 3, (k + 2) % 3]] for k in range(3)]
+        quarters = [np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ t for t in thirds]
+        return np.array([frame @ t @ frame.T for t in (*thirds, *quarters)])
+
+
 class Exchange(Property):
-    """J_ij of a collinear reference from the derivatives of the magnetic forces in a supercell."""
+    """J_ij around a reference, collinear or not, from the Hessian of a supercell."""
 
     name = "exchange"
     title = "exchange interactions"
@@ -98,88 +142,91 @@ class Exchange(Property):
         moments = moments_of(atoms)
         if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no exchange; give moments in µB")
-        if not Pattern.of(moments).collinear:
-            raise MomentError("exchange starts from a collinear reference; give moments along one axis")
 
-    def _reference(self, atoms: Atoms, calculator: SpinCalculator) -> tuple[Atoms, Array, Array]:
-        """Return the primitive cell, its signed lengths in µB at the relaxed reference, and the pattern's axis."""
-        start = Pattern.of(moments_of(atoms))
-        cell, along = primitive_cell(atoms, start.along, self.options.symprec, self.options.mag_symprec)
-        image = with_moments(cell, along[:, None] * start.axis)
-        pattern = Pattern.of(calculator.relax_moments([image], self.mode(calculator))[0])
-        if not pattern.collinear:
+    def _reference(self, atoms: Atoms, calculator: SpinCalculator) -> "Reference":
+        """Return the relaxed reference in its primitive cell."""
+        given = moments_of(atoms)
+        start = Pattern.of(given)
+        values = start.along if start.collinear else given
+        cell, found = primitive_cell(atoms, values, self.options.symprec, self.options.mag_symprec)
+        image = with_moments(cell, found[:, None] * start.axis if start.collinear else found)
+        moments = calculator.relax_moments([image], self.mode(calculator))[0]
+        pattern = Pattern.of(moments)
+        if start.collinear and not pattern.collinear:
             raise MomentError(
                 "the moments leave the collinear reference when they are relaxed; relax magnitudes instead"
             )
-        if np.abs(pattern.along).max() < SMALLEST_MOMENT:
+        lengths = np.linalg.norm(moments, axis=1)
+        if lengths.max() < SMALLEST_MOMENT:
             raise MomentError("the moments vanish when they are relaxed, so there is no exchange; start elsewhere")
-        return cell, pattern.along, pattern.axis
+        if pattern.collinear:
+            return Reference(cell, pattern.along, np.tile(pattern.axis, (len(cell), 1)), True)
+        units = moments / np.where(lengths > 0, lengths, 1.0)[:, None]
+        return Reference(cell, lengths, units, False)
 
     def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Exchange":
         """Size the supercell."""
-        cell, along, axis = self._reference(atoms, members[0])
-        sites = np.flatnonzero(np.abs(along) >= SMALLEST_MOMENT)
+        reference = self._reference(atoms, members[0])
         limits = self.options.radius, self.options.tolerance, self.options.max_atoms
-        return Exchange(self.options, grown(cell, sites, along[:, None] * axis, members[0], *limits, progress))
+        repeats = grown(reference.cell, reference.sites, reference.moments, members[0], *limits, progress)
+        return Exchange(self.options, repeats)
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute tensors, on-site terms, and what follows from them with one model."""
         if self._repeats is None:
             raise OptionError("the supercell is missing; call run, which sizes it")
-        cell, along, axis = self._reference(atoms, calculator)
-        sites = np.flatnonzero(np.abs(along) >= SMALLEST_MOMENT)
+        reference = self._reference(atoms, calculator)
+        cell, sites = reference.cell, reference.sites
         box = Supercell(cell, sites, self._repeats)
         pairs, kept, others = box.pairs()
         soc = calculator.soc is not False
-        symmetry = pattern_symmetry(cell, along, self.options.symprec, self.options.mag_symprec)
-        axes = symmetry.frame if soc else axis[None]
-        signs = np.sign(along[sites])
-        total = len(box.magnetic)
-        left, largest = 0.0, 0.0
+        tolerances = self.options.symprec, self.options.mag_symprec
+        turns = reference.turns(*tolerances) if soc else np.eye(3)[None]
+        total, own = len(box.magnetic), np.arange(len(sites))
+        left = 0.0
         designs, targets, fields = [], [], []
-        for k, direction in enumerate(axes):
-            progress("Hessian", k, len(axes))
-            across = transverse(direction)
-            frames = np.tile(across, (len(sites), 1, 1))
-            blocks, inward = tilts(box, calculator, along[:, None] * direction, frames)
+        for k, turn in enumerate(turns):
+            progress("Hessian", k, len(turns))
+            moments = reference.moments @ turn.T
+            units = (reference.directions @ turn.T)[sites]
+            frames = np.array([transverse(e) for e in units])
+            blocks, inward = tilts(box, calculator, moments, frames)
             tensors = -0.5 * blocks.transpose(0, 2, 1, 3)
             flat = tensors.reshape(-1, 2, 2)
-            own = np.arange(len(sites))
-            targets.append(flat[pairs.first * total + kept])
+            targets.append(flat[pairs.first * total + kept].reshape(-1, 4))
             if len(others):
                 left = max(left, float(np.abs(flat[others]).max()))
-            largest = max(largest, float(np.abs(targets[-1]).max(initial=0.0)))
-            designs.append(np.kron(across, across))
-            fields.append((direction, across, tensors[own, own], inward))
-        progress("Hessian", len(axes), len(axes))
-        design, target = np.concatenate(designs), np.stack(targets, axis=1).reshape(len(kept), -1)
+            outer = np.einsum("pax,pby->pabxy", frames[pairs.first], frames[pairs.second])
+            designs.append(outer.reshape(-1, 4, 9))
+            fields.append((units * np.sign(reference.along[sites])[:, None], frames, tensors[own, own], inward))
+        progress("Hessian", len(turns), len(turns))
+        design, target = np.concatenate(designs, axis=1), np.concatenate(targets, axis=1)
         if soc:
-            solved = target @ np.linalg.pinv(design).T
-            tensor = solved.reshape(-1, 3, 3)
+            tensor = np.einsum("pkn,pn->pk", np.linalg.pinv(design), target).reshape(-1, 3, 3)
         else:
             column = design @ np.eye(3).ravel()
-            tensor = (target @ column / (column @ column))[:, None, None] * np.eye(3)
-        misfit = np.abs(target - tensor.reshape(-1, 9) @ design.T).max(initial=0.0)
-        symmetric = symmetrised(tensor, pairs, cell, sites, along, self.options.symprec, self.options.mag_symprec)
+            values = (target * column).sum(axis=1) / (column**2).sum(axis=1)
+            tensor = values[:, None, None] * np.eye(3)
+        misfit = np.abs(target - np.einsum("pnk,pk->pn", design, tensor.reshape(-1, 9))).max(initial=0.0)
+        symmetric = symmetrised(tensor, pairs, cell, sites, reference.pattern, *tolerances)
         removed = float(np.abs(symmetric - tensor).max(initial=0.0))
-        onsite, offset = self._onsite(fields, symmetric, pairs, signs, soc)
-        onsite = symmetrised_sites(onsite, cell, sites, along, self.options.symprec, self.options.mag_symprec)
+        onsite, offset = self._onsite(fields, symmetric, pairs, soc)
+        onsite = symmetrised_sites(onsite, cell, sites, reference.pattern, *tolerances)
         model = SpinModel(cell, sites, pairs, symmetric, onsite)
-        return self._dataset(model, box, calculator, along, axis, soc, left, misfit, removed, offset, progress)
+        return self._dataset(model, box, calculator, reference, len(turns), left, misfit, removed, offset, progress)
 
     @staticmethod
     def _onsite(
         fields: list[tuple[Array, Array, Array, Array]],
         tensor: Array,
         pairs: Pairs,
-        signs: Array,
         soc: bool,
     ) -> tuple[Array, Array]:
         """Solve the own blocks for A_i, traceless, and for what no bilinear model explains, eV.
 
         On the sphere the own block is ``-½ (|m|² t·H·t' + |m| B·e δ) = t·A·t' - (e·A·e + Σ_j e_i·J_ij·e_j) δ``.
         """
-        count = len(signs)
+        count = len(fields[0][0])
         onsite, offset = np.zeros((count, 3, 3)), np.zeros(count)
         basis = np.array(
             [
@@ -194,11 +241,11 @@ class Exchange(Property):
         for site in range(count):
             mine = pairs.first == site
             rows, values = [], []
-            for direction, across, own, inward in fields:
-                partners = signs[site] * signs[pairs.second[mine]]
-                molecular = float(np.einsum("x,pxy,y,p->", direction, tensor[mine], direction, partners))
+            for units, frames, own, inward in fields:
+                e, across = units[site], frames[site]
+                molecular = float(np.einsum("x,pxy,py->", e, tensor[mine], units[pairs.second[mine]]))
                 left = own[site] + (molecular - 0.5 * inward[site]) * np.eye(2)
-                columns = [across @ b @ across.T - (direction @ b @ direction) * np.eye(2) for b in basis]
+                columns = [across @ b @ across.T - (e @ b @ e) * np.eye(2) for b in basis]
                 rows.append(np.array([c.ravel() for c in [*columns, np.eye(2)]]).T)
                 values.append(left.ravel())
             matrix, vector = np.concatenate(rows), np.concatenate(values)
@@ -215,9 +262,8 @@ class Exchange(Property):
         model: "SpinModel",
         box: Supercell,
         calculator: SpinCalculator,
-        along: Array,
-        axis: Array,
-        soc: bool,
+        reference: "Reference",
+        axes: int,
         left: float,
         misfit: float,
         removed: float,
@@ -225,7 +271,9 @@ class Exchange(Property):
         progress: Progress,
     ) -> xr.Dataset:
         cell, sites, pairs, tensor = model.cell, model.sites, model.pairs, model.tensor
-        signs, lengths = np.sign(along[sites]), np.abs(along[sites])
+        along, lengths = reference.along, np.abs(reference.along[sites])
+        units = reference.directions[sites] * np.sign(along[sites])[:, None]
+        cosines = np.einsum("px,px->p", units[pairs.first], units[pairs.second])
         milli = 1e3
         isotropic = np.trace(tensor, axis1=1, axis2=2) / 3
         dmi = 0.5 * np.einsum("cab,pab->pc", LEVI_CIVITA, tensor)
@@ -246,15 +294,20 @@ class Exchange(Property):
             "onsite_offset": variable(
                 "site", offset * milli, "meV", "isotropic part of the own block that no bilinear model explains"
             ),
-            "moments": variable("site", along[sites], "µB", "moment along the axis of the reference"),
-            "axis": variable("xyz", axis.astype(float), "1", "axis of the reference, Cartesian"),
+            "moments": variable("site", along[sites], "µB", "moment along its direction in the reference"),
+            "direction": variable(
+                ("site", "xyz"),
+                reference.directions[sites],
+                "1",
+                "direction of the reference, one axis where collinear",
+            ),
             "shell_J": variable(
                 "shell", np.array([s.mean for s in shells]) * milli, "meV", "mean isotropic exchange of the shell"
             ),
             "J_q": variable("wave", eigen * milli, "meV", "largest eigenvalue of J(q)"),
             "J_zero": variable(
                 (),
-                float(signs @ zero @ signs) / len(signs) * milli,
+                float(isotropic @ cosines) / len(sites) * milli,
                 "meV",
                 "Σ_j J_ij e_i·e_j of the reference, mean over sites",
             ),
@@ -262,10 +315,10 @@ class Exchange(Property):
                 (), 2 / 3 * strongest / BOLTZMANN if strongest > 0 else np.nan, "K", "mean-field ordering temperature"
             ),
             "tc_rpa": variable(
-                (), self._rpa(model, signs), "K", "RPA Curie temperature, NaN but for one ferromagnetic site"
+                (), self._rpa(model, units), "K", "RPA Curie temperature, NaN but for one ferromagnetic site"
             ),
             "stiffness": variable(
-                (), self._stiffness(model, signs, lengths), "meV Å²", "spin-wave stiffness, NaN but for ferromagnets"
+                (), self._stiffness(model, units, lengths), "meV Å²", "spin-wave stiffness, NaN but for ferromagnets"
             ),
             "left_out": variable(
                 (), left * milli, "meV", "largest |J| at pairs beyond the unique images of the supercell"
@@ -304,13 +357,14 @@ class Exchange(Property):
         }
         if self.options.states:
             coords["cone"] = variable("cone", np.array(CONES), "degree", "largest angle to the reference")
-            data.update(self._compare(model, calculator, along, axis, progress))
+            data.update(self._compare(model, calculator, reference.moments, progress))
         attrs: dict[str, Any] = {
             "primitive_cell": cell.cell[:].tolist(),
             "supercell": list(box.repeats),
             "supercell_atoms": len(box.atoms),
             "unique_radius": box.radius,
-            "reference_axes": 3 if soc else 1,
+            "reference_axes": axes,
+            "collinear": "yes" if reference.collinear else "no",
             "path_labels": [list(x) for x in labels],
         }
         best = int(np.argmax(eigen))
@@ -322,9 +376,9 @@ class Exchange(Property):
             )
         return xr.Dataset(data, coords, attrs)
 
-    def _rpa(self, model: "SpinModel", signs: Array) -> float:
+    def _rpa(self, model: "SpinModel", units: Array) -> float:
         """Return the RPA Curie temperature of one ferromagnetic sublattice, K: k_B T = ⅔ / <1/(J(0) - J(q))>."""
-        if len(signs) != 1:
+        if len(units) != 1:
             return np.nan
         zero = float(model.isotropic_at(np.zeros(3))[0, 0].real)
         sizes = [self.options.mesh, 3 * self.options.mesh // 2, 2 * self.options.mesh]
@@ -340,9 +394,9 @@ class Exchange(Property):
         return 2 / 3 / float(np.linalg.solve(orders, averages)[0]) / BOLTZMANN
 
     @staticmethod
-    def _stiffness(model: "SpinModel", signs: Array, lengths: Array) -> float:
+    def _stiffness(model: "SpinModel", units: Array, lengths: Array) -> float:
         """Return D of ħω = D q² in meV Å² from the lowest magnon at small q, mean over three directions."""
-        if np.any(signs < 0):
+        if np.any(units @ units[0] < 1 - 1e-6):
             return np.nan
         zero = model.isotropic_at(np.zeros(3)).real
         scale = 4 / np.sqrt(np.outer(lengths, lengths))
@@ -359,12 +413,12 @@ class Exchange(Property):
         return float(np.mean(found)) * 1e3
 
     def _compare(
-        self, model: "SpinModel", calculator: SpinCalculator, along: Array, axis: Array, progress: Progress
+        self, model: "SpinModel", calculator: SpinCalculator, moments: Array, progress: Progress
     ) -> dict[str, xr.Variable]:
         """Compare the spin model with the calculator on random states of a small supercell, and fit what is missing."""
         rng = np.random.default_rng(self.options.seed)
         box = Supercell(model.cell, model.sites, (3, 3, 3))
-        reference = box.tiled(along[:, None] * axis)
+        reference = box.tiled(moments)
         unit = reference[box.magnetic] / np.linalg.norm(reference[box.magnetic], axis=1)[:, None]
         count, states = len(box.magnetic), self.options.states
         start = calculator.evaluate_spins(box.atoms, reference[None])["energy"][0]
@@ -379,11 +433,11 @@ class Exchange(Property):
             local = np.stack([sines * np.cos(turns), sines * np.sin(turns), cosines], axis=-1)
             frames = np.array([shortest_rotation(np.array([0.0, 0.0, 1.0]), e) for e in unit])
             spins = np.einsum("ixy,siy->six", frames, local)
-            moments = np.tile(reference, (states, 1, 1))
-            moments[:, box.magnetic] = spins * np.linalg.norm(reference[box.magnetic], axis=1)[None, :, None]
+            turned = np.tile(reference, (states, 1, 1))
+            turned[:, box.magnetic] = spins * np.linalg.norm(reference[box.magnetic], axis=1)[None, :, None]
             actual = []
             for begin in range(0, states, CHUNK):
-                part = moments[begin : begin + CHUNK]
+                part = turned[begin : begin + CHUNK]
                 actual.append(calculator.evaluate_spins(box.atoms, part, magnetic_forces=False)["energy"])
             change = np.concatenate(actual) - start
             misses.append(change - (model.energy(spins, box) - start_model))
@@ -567,12 +621,15 @@ class SpinModel:
 
 
 def _operations(
-    cell: Atoms, sites: NDArray[np.intp], along: Array, symprec: float, mag_symprec: float
+    cell: Atoms, sites: NDArray[np.intp], pattern: Array, symprec: float, mag_symprec: float
 ) -> list[tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
     """Return each operation as rotation (Cartesian and fractional), image of each magnetic site, and its cell."""
     scaled = cell.get_scaled_positions(wrap=False)
     found = spglib.get_magnetic_symmetry(
-        (cell.cell[:], scaled, cell.numbers, along), symprec=symprec, mag_symprec=mag_symprec, is_axial=False
+        (cell.cell[:], scaled, cell.numbers, pattern),
+        symprec=symprec,
+        mag_symprec=mag_symprec,
+        is_axial=pattern.ndim == 2,
     )
     operations = []
     to_cartesian = cell.cell[:].T
@@ -594,7 +651,7 @@ def symmetrised(
     pairs: Pairs,
     cell: Atoms,
     sites: NDArray[np.intp],
-    along: Array,
+    pattern: Array,
     symprec: float,
     mag_symprec: float,
 ) -> Array:
@@ -604,12 +661,12 @@ def symmetrised(
     ----------
     tensor : shape (P, 3, 3).
     pairs, cell, sites : what they belong to.
-    along : moments along the axis, shape (N,), µB.
+    pattern : moments in µB, along their common axis, shape (N,), or (N, 3).
     symprec, mag_symprec : tolerances in Å and µB.
     """
     index = {key: k for k, key in enumerate(pairs.keys())}
     total, count = np.zeros_like(tensor), np.zeros(len(tensor))
-    for rotation, w, target, shift in _operations(cell, sites, along, symprec, mag_symprec):
+    for rotation, w, target, shift in _operations(cell, sites, pattern, symprec, mag_symprec):
         first, second = target[pairs.first], target[pairs.second]
         moved = pairs.shift @ w.T + shift[pairs.second] - shift[pairs.first]
         turned = np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
@@ -624,10 +681,10 @@ def symmetrised(
 
 
 def symmetrised_sites(
-    tensor: Array, cell: Atoms, sites: NDArray[np.intp], along: Array, symprec: float, mag_symprec: float
+    tensor: Array, cell: Atoms, sites: NDArray[np.intp], pattern: Array, symprec: float, mag_symprec: float
 ) -> Array:
     """Average site tensors (n, 3, 3) over the symmetry of crystal and reference."""
-    operations = _operations(cell, sites, along, symprec, mag_symprec)
+    operations = _operations(cell, sites, pattern, symprec, mag_symprec)
     total = np.zeros_like(tensor)
     for rotation, _, target, _ in operations:
         total[target] += np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)

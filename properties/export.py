@@ -111,7 +111,7 @@ def spin_table(dataset: xr.Dataset) -> SpinTable:
         cell=np.array(json.loads(dataset.attrs["primitive_cell"])),
         elements=[str(e) for e in dataset["element"].values],
         scaled=np.asarray(dataset["scaled"].values, dtype=float),
-        moments=dataset["moments"].values[:, None] * dataset["axis"].values,
+        moments=dataset["moments"].values[:, None] * dataset["direction"].values,
         first=np.array([number[int(x)] for x in dataset["i"].values], dtype=np.int64),
         second=np.array([number[int(x)] for x in dataset["j"].values], dtype=np.int64),
         shift=np.asarray(dataset["shift"].values, dtype=np.int64),

@@ -135,6 +135,46 @@ def test_full_tensors_without_symmetry():
     np.testing.assert_allclose(dataset["single_ion"], 0, atol=1e-7)
 
 
+def test_canted_reference_gives_the_same_tensors():
+    """A bilinear Hamiltonian has one set of tensors, whatever state they are read from."""
+    toy = CapableToy(Heisenberg(2e-3, 3.0), PseudoDipolar(3e-4, 3.0, 1.0), DMI(4e-4, 3.0))
+    flat = quick().run(with_moments(chiral(), [2.1, 1.4]), toy)
+    canted = quick().run(with_moments(chiral(), [[0.3, -0.4, 2.04], [1.2, 0.7, -0.16]]), toy)
+    assert canted.attrs["collinear"] == "no"
+    order = np.lexsort(np.round(canted["vector"].values, 4).T)
+    other = np.lexsort(np.round(flat["vector"].values, 4).T)
+    lengths = canted["moments"].values[canted["i"].values] * canted["moments"].values[canted["j"].values]
+    scale = (np.array([2.1, 1.4])[flat["i"].values] * np.array([2.1, 1.4])[flat["j"].values])[other] / lengths[order]
+    np.testing.assert_allclose(
+        canted["tensor"].values[order] * scale[:, None, None], flat["tensor"].values[other], atol=1e-8
+    )
+    assert float(canted["direction_residual"]) < 1e-8
+    np.testing.assert_allclose(canted["single_ion"], 0, atol=1e-7)
+    uniaxial = CapableToy(Heisenberg(2e-3, 3.2), Uniaxial(3e-4, numbers=(26,)))
+    atoms = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8, 2.8, 3.1], pbc=True)
+    found = quick(radius=3.3).run(with_moments(atoms, [[0.3, 0.2, 2.0], [1.2, 0, 0.4]]), uniaxial)
+    np.testing.assert_allclose(found["single_ion"].values[0], 0.3 * np.diag([-1, -1, 2]) / 3, atol=1e-7)
+    np.testing.assert_allclose(found["onsite_offset"], 0, atol=1e-7)
+
+
+def test_triangular_reference():
+    """120° order without spin-orbit coupling: J itself, the energy of each bond -½ of it, q = 0 not favoured."""
+    a = 2.6
+    cell = np.array([[1.5, np.sqrt(3) / 2, 0], [0, np.sqrt(3), 0], [0, 0, 3.0]]) * a
+    atoms = Atoms("Fe3", cell=cell, scaled_positions=[[0, 0, 0], [1 / 3, 1 / 3, 0], [2 / 3, 2 / 3, 0]], pbc=True)
+    angles = 2 * np.pi / 3 * np.arange(3)
+    moments = M * np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    data = Exchange(points=5, mesh=4, radius=3.0, states=20).run(
+        with_moments(atoms, moments), CapableToy(Heisenberg(-J, 2.7), soc=False)
+    )
+    assert data["shell_J"].values[0] == pytest.approx(-1e3 * J * M**2, rel=1e-9)
+    assert int(data["shell_count"][0]) == 6
+    assert float(data["J_zero"]) == pytest.approx(3e3 * J * M**2, rel=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(data["direction"], axis=1), 1)
+    np.testing.assert_allclose(data["model_error"], 0, atol=1e-8)
+    assert np.isnan(float(data["stiffness"]))
+
+
 def test_single_ion_tensor():
     """K sin²θ is -e·A·e with A = K (ĉĉ - 1/3), next to two-ion terms that must not leak into it."""
     atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8, 2.8, 3.1], pbc=True)
@@ -300,8 +340,6 @@ def test_refusals():
     toy = CapableToy(Heisenberg(J, 2.6), soc=False)
     with pytest.raises(MomentError, match="no atom carries a moment"):
         quick().run(with_moments(atoms, np.zeros((2, 3))), toy)
-    with pytest.raises(MomentError, match="collinear reference"):
-        quick().run(with_moments(atoms, [[0, 0, 1], [0, 1, 0]]), toy)
     with pytest.raises(MomentError, match="vanish"):
         quick(moments="magnitudes").run(ferromagnet(atoms, 1.0), CapableToy(Landau(-0.05, 0.001), soc=False))
     with pytest.raises(CalculatorError, match="gives magnetic_forces"):
