@@ -234,6 +234,10 @@ def _read_yaml(path: str | Path) -> Any:
         raise StructureError(f"'{path}' cannot be read as a file of phonopy; give phonopy_disp.yaml") from error
     if found.unitcell is None:
         raise StructureError(f"'{path}' holds no unit cell of phonopy; give phonopy_disp.yaml")
+    if found.calculator not in (None, "vasp"):
+        raise StructureError(
+            f"'{path}' is in the units of {found.calculator}; write it in Å and eV, as phonopy does without that option"
+        )
     return found
 
 

@@ -53,6 +53,7 @@ DEGENERATE = 1e-4
 """Modes closer than this, in THz, are mixed before they are compared."""
 DOS_STEP = 0.05
 SLOPE_STEP = 0.01
+LISTED = 6
 KJ_PER_MOL = 96.48533212
 """kJ/mol in one eV."""
 SECOND = ("fm", "afm", "nm", "pm")
@@ -552,6 +553,7 @@ class Phonon(Property):
             rows.append(
                 Row(f"largest shift, q = ({q})", float(dataset["frequency_shift"][wave, branch]), "THz", spread)
             )
+            rows.extend(_centre_shifts(dataset))
         if "frequency_slope" in dataset:
             for k, element in enumerate(dataset["element"].values):
                 slope = dataset["frequency_slope"].values[k]
@@ -569,6 +571,23 @@ class Phonon(Property):
         from .plot import plot_phonon
 
         return plot_phonon(dataset)
+
+
+def _centre_shifts(dataset: xr.Dataset) -> list[Row]:
+    """Return the shifts of the optical modes at Γ, one row for each frequency."""
+    centre = np.flatnonzero(np.abs(dataset["q"].values).max(axis=1) < 1e-9)
+    if not len(centre):
+        return []
+    values = dataset["frequency"].values[centre[0]]
+    rows: dict[str, Row] = {}
+    for branch in np.flatnonzero(np.abs(values) > IMAGINARY):
+        shift = float(dataset["frequency_shift"][centre[0], branch])
+        spread = None
+        if "frequency_shift_std" in dataset:
+            spread = float(dataset["frequency_shift_std"][centre[0], branch])
+        name = f"{values[branch]:.3f} {shift:.3f}"
+        rows.setdefault(name, Row(f"shift of {values[branch]:.3f} THz at Γ", shift, "THz", spread))
+    return list(rows.values())[:LISTED]
 
 
 def _row(dataset: xr.Dataset, key: str, label: str, **where: Any) -> Row:

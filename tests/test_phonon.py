@@ -75,7 +75,7 @@ def toy(*more, kind=CapableToy, springs=K, **options):
 
 
 def quick(**options):
-    return Phonon(**{"dim": (3, 3, 3), "points": 40, "mesh": 4, "t_step": 100.0, **options})
+    return Phonon(**{"dim": (2, 2, 2), "points": 40, "mesh": 4, "t_step": 100.0, **options})
 
 
 def cartesian(dataset):
@@ -138,8 +138,8 @@ def test_antiferromagnet_stiffens_where_the_ferromagnet_softens():
 
 def test_antiferromagnetic_cell_is_kept_whole():
     """The order given decides the primitive cell: two atoms for ↑↓, one for ↑↑."""
-    assert quick(dim=(2, 2, 2)).run(bcc((1, -1)), toy()).sizes["branch"] == 6
-    assert quick(dim=(2, 2, 2)).run(bcc((1, 1)), toy()).sizes["branch"] == 3
+    assert quick().run(bcc((1, -1)), toy()).sizes["branch"] == 6
+    assert quick().run(bcc((1, 1)), toy()).sizes["branch"] == 3
 
 
 @pytest.mark.parametrize("method", ["hessian", "displacements"])
@@ -269,7 +269,7 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
     pressure = 8 * NEAR * (far * NEAR - decay * born(NEAR)) + 6 * A * (far * A - decay * born(A))
     rest = pressure / (far * (8 * NEAR + 6 * A))
     terms = Springs(near, NEAR, NEAR + 0.2), Springs(far, rest, A + 0.2), Heisenberg(-push, A + 0.2, decay, NEAR)
-    settings = {"volumes": 9, "strain": 0.03, "t_max": 300.0, "t_step": 20.0, "mesh": 6, "dim": (3, 3, 3)}
+    settings = {"volumes": 7, "strain": 0.03, "t_max": 300.0, "t_step": 20.0, "mesh": 6}
     atoms = with_moments(bulk("Fe", a=A), [[0, 0, M]])
     dataset = quick(method="hessian", **settings).run(atoms, CapableToy(*terms, soc=False))
 
@@ -305,7 +305,7 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
 def test_committee_goes_through_the_whole_property():
     """The mean of two members' frequencies and their spread, not the frequency of the mean; files for both."""
     members = [toy(springs=3.0), toy(springs=5.0)]
-    dataset = quick(dim=(2, 2, 2)).run(bcc(), CommitteeToy(members))
+    dataset = quick().run(bcc(), CommitteeToy(members))
     k = cartesian(dataset)
     each = [closed_form(k, s + EXCHANGE[0], EXCHANGE[1]) for s in (3.0, 5.0)]
     np.testing.assert_allclose(dataset["frequency"].values, np.mean(each, axis=0), atol=1e-5)
@@ -359,7 +359,7 @@ def test_phonopy_drives(tmp_path):
     structure = with_moments(setup.lattice.atoms, setup.moments)
     from_file = quick(dim=(), source=str(source), method="displacements").run(structure, toy())
     assert source.read_bytes() == before
-    ours = quick(dim=(2, 2, 2), method="displacements").run(bcc((1, -1)), toy())
+    ours = quick(method="displacements").run(bcc((1, -1)), toy())
     q = from_file["q"].values
     np.testing.assert_allclose(from_file["frequency"].values, ours["frequency"].values, atol=1e-6)
     found, said = bands_by_phonopy(tmp_path, q)
@@ -390,7 +390,7 @@ def test_spin_orbit_coupling_enters_the_symmetry(tmp_path):
     counts = {}
     for soc in (False, True):
         calculator = CapableToy(Springs(K, NEAR, NEAR + 0.1), Uniaxial(1e-4), soc=soc)
-        dataset = quick(dim=(2, 2, 2), phonopy=str(tmp_path / str(soc))).run(bcc(), calculator)
+        dataset = quick(phonopy=str(tmp_path / str(soc))).run(bcc(), calculator)
         counts[soc] = int(dataset.attrs["symmetry_operations"])
         points = yaml.safe_load((tmp_path / str(soc) / "phonopy_disp.yaml").read_text())["unit_cell"]["points"]
         assert points[0]["magnetic_moment"] == ([0, 0, M] if soc else M)
@@ -415,7 +415,7 @@ def test_saddle_of_the_moments_is_said():
     """Moments at the top of their energy cannot follow adiabatically."""
     calculator = CapableToy(Springs(K, NEAR, NEAR + 0.1), Landau(0.05, 0.005), Heisenberg(4e-3, NEAR + 0.1), soc=False)
     with pytest.raises(ConvergenceError, match="saddle point"):
-        quick(dim=(2, 2, 2), moments="magnitudes", method="hessian").run(bcc((1, -1), 1.3), calculator)
+        quick(moments="magnitudes", method="hessian").run(bcc((1, -1), 1.3), calculator)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -447,7 +447,7 @@ def test_dataset_and_picture_and_table(tmp_path):
     """The dataset opens again, and every row and the picture are made."""
     from mmace_props.plot import save_figure
 
-    prop = quick(dim=(2, 2, 2), second="afm", slopes=True)
+    prop = quick(second="afm", slopes=True)
     dataset = prop.run(bcc(), toy())
     write_dataset(dataset, tmp_path / "a.nc")
     with xr.open_dataset(tmp_path / "a.nc") as again:
