@@ -94,6 +94,10 @@ def _main(given: list[str]) -> int:
         return 0
     if given[0] == "export":
         return _export(given[1:])
+    if given[0] == "screen":
+        from .screen import screen_command
+
+        return screen_command(given[1:])
     if given[0].startswith("-"):
         raise OptionError(f"name a property first, not {given[0]}{did_you_mean('', [*plugins(), 'list'])}")
     return _property(load_property(given[0]), given[1:])
@@ -102,6 +106,7 @@ def _main(given: list[str]) -> int:
 def _help() -> None:
     print("usage: mmace-props NAME STRUCTURE [options]   compute a property (NAME -h shows its options)")
     print("       mmace-props list                       show the properties installed")
+    print("       mmace-props screen PATHS --property NAME [--jobs N] the same of many structures, as one table")
     print("       mmace-props export DATASET --to PROGRAM write an exchange dataset for another program")
     print(f"properties: {', '.join(sorted(plugins()))}")
 
@@ -145,6 +150,13 @@ def _parser(kind: type[Property]) -> Parser:
     )
     parser.add_argument("-o", "--output", help=f"netCDF file to write (default: STRUCTURE_{kind.name}.nc here)")
     parser.add_argument("--plot", help="picture to write: .png, .pdf or .svg")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    add_setup(parser, kind)
+    return parser
+
+
+def add_setup(parser: Parser, kind: type[Property]) -> None:
+    """Add what says how a property is computed: calculator, moments, order, and the property's own options."""
     parser.add_argument("--model", default="default", help="model name or file, for the calculator (default: default)")
     parser.add_argument(
         "--calculator",
@@ -168,10 +180,8 @@ def _parser(kind: type[Property]) -> Parser:
         f"relaxed: {', '.join(MODES)} (default: {kind.default_mode}); may be given twice",
     )
     parser.add_argument("--order", help=f"initial order: {', '.join(ORDERS)} (default: the file's moments, else auto)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings alone")
     _add_options(parser, kind.options_type)
-    return parser
 
 
 def _add_options(parser: Parser, options: type[Options]) -> None:
@@ -200,11 +210,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     console = Console(
         file=stream, quiet=args.quiet, highlight=False, soft_wrap=True, width=None if stream.isatty() else WIDTH
     )
-    mode, table, moments_file = _moments_arguments(args.moments, kind.default_mode)
-    named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
-    named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
-    if args.order == "auto" and "orders" in named:
-        named["orders"], args.order = "auto", "fm"
+    mode, table, moments_file = moments_arguments(args.moments, kind.default_mode)
+    named = named_options(args)
     prop = kind(moments=mode, **named)
     source = _source(args.structure, kind, prop)
     output = Path(args.output if args.output is not None else f"{Path(source).stem}_{kind.name}.nc")
@@ -229,7 +236,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     journal = Journal.beside(output)
     if len(journal):
         console.print(f"restart    {len(journal)} finished parts of an earlier run are at hand")
-    with _progress(args.quiet) as report:
+    with progress_bar(args.quiet) as report:
         dataset = prop.run(start.atoms, calculator, report, journal)
     dataset.attrs["initial_moments_origin"] = start.origin
     dataset.attrs["structure_file"] = Path(source).name
@@ -240,7 +247,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         from .plot import save_figure
 
         save_figure(prop.plot(dataset), args.plot)
-    _print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
+    print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
     if "note" in dataset.attrs:
         console.print(dataset.attrs["note"])
     console.print(f"wrote {output}" + (f" and {args.plot}" if args.plot is not None else ""))
@@ -259,7 +266,16 @@ def _source(structure: str | None, kind: type[Property], prop: Property) -> str:
     return structure or named
 
 
-def _moments_arguments(given: Sequence[str], default: str) -> tuple[str, dict[str, float] | None, str | None]:
+def named_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the property by name; where it enumerates orders, ``--order auto`` asks for that."""
+    named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
+    named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
+    if args.order == "auto" and "orders" in named:
+        named["orders"], args.order = "auto", "fm"
+    return named
+
+
+def moments_arguments(given: Sequence[str], default: str) -> tuple[str, dict[str, float] | None, str | None]:
     """Tell apart the three things that --moments takes: a mode, a table, a file."""
     mode: str | None = None
     table: dict[str, float] | None = None
@@ -350,7 +366,7 @@ def _first(error: BaseException) -> str:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
+def progress_bar(quiet: bool) -> Iterator[Progress]:
     bar = ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -384,7 +400,7 @@ def _print_start(
     console.print(f"model      {model['calculator']} {about}" + (f", committee of {members}" if members > 1 else ""))
 
 
-def _print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     spread = any(r.spread is not None for r in rows)
     table.add_column("quantity", no_wrap=True)

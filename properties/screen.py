@@ -1,0 +1,412 @@
+"""One property of many structures, in parallel: a row for each, failures with their sentence, one table at the end."""
+
+import argparse
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import xarray as xr
+from rich.console import Console
+
+from .base import Row, load_property, plugins, silent, variable, write_dataset
+from .cli import (
+    WIDTH,
+    Parser,
+    add_setup,
+    load_calculator,
+    moments_arguments,
+    named_options,
+    print_table,
+    progress_bar,
+)
+from .errors import OptionError, PropertyError
+from .files import check_writable, write_whole
+from .journal import Journal, fingerprint
+from .protocol import SpinCalculator
+from .provenance import attribute, versions
+from .structures import formula, read_structure, start_structure
+
+SUFFIXES = (".cif", ".mcif", ".vasp", ".poscar", ".extxyz", ".xyz")
+"""Files taken from a directory; names that begin with POSCAR or CONTCAR too."""
+KEY_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything but the structure that decides a result.
+
+    Parameters
+    ----------
+    name : of the property.
+    options : its options by name.
+    mode : how moments are relaxed.
+    order : initial order, None as the command line has it.
+    table : |m| in µB per element, over the calculator's own.
+    factory, model, soc, device, dtype : of the calculator.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    mode: str
+    order: str | None = None
+    table: Mapping[str, float] | None = None
+    factory: str = ""
+    model: str = "default"
+    soc: bool = True
+    device: str = "cpu"
+    dtype: str = "float64"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one structure.
+
+    Parameters
+    ----------
+    file : the structure's file.
+    formula : chemical formula, empty where the file could not be read.
+    origin : where the initial moments came from.
+    rows : the table of the result, none where it failed.
+    failure : the sentence of the error, empty where there was none.
+    dataset : file of the result.
+    """
+
+    file: str
+    formula: str = ""
+    origin: str = ""
+    rows: tuple[Row, ...] = ()
+    failure: str = ""
+    dataset: str = ""
+
+
+def structure_files(paths: Sequence[str | Path]) -> list[str]:
+    """Return structure files: those named, and those inside directories that are named.
+
+    Raises
+    ------
+    OptionError : a path that does not exist, a directory without structures, or a file named twice.
+    """
+    found: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [
+                str(p)
+                for p in sorted(path.iterdir())
+                if p.is_file() and (p.suffix.lower() in SUFFIXES or p.name.upper().startswith(("POSCAR", "CONTCAR")))
+            ]
+            if not inside:
+                raise OptionError(f"the directory '{path}' holds no structure ({', '.join(SUFFIXES)}, POSCAR)")
+            found += inside
+        elif path.is_file():
+            found.append(str(path))
+        else:
+            raise OptionError(f"there is no structure file '{path}'; check the path")
+    twice = [f for f in found if found.count(f) > 1]
+    if twice:
+        raise OptionError(f"the structure '{twice[0]}' is named twice")
+    return found
+
+
+@lru_cache(maxsize=2)
+def _calculator(factory: str, model: str, soc: bool, mode: str, device: str, dtype: str) -> SpinCalculator:
+    return load_calculator(factory, model, soc, mode, device, dtype)
+
+
+def run_one(file: str, setup: Setup, folder: str) -> Outcome:
+    """Compute the property of one structure, or find it done.
+
+    Parameters
+    ----------
+    file : the structure.
+    setup : everything else.
+    folder : where each result is kept as a dataset of its own, named after the structure and the hash of everything
+        that decides it.
+
+    Returns
+    -------
+    The outcome; an error becomes its sentence.
+    """
+    symbols = ""
+    try:
+        kind = load_property(setup.name)
+        prop = kind(moments=setup.mode, **setup.options)
+        calculator = _calculator(setup.factory, setup.model, setup.soc, setup.mode, setup.device, setup.dtype)
+        atoms = read_structure(file)
+        symbols = formula(atoms)
+        start = start_structure(atoms, calculator, order=setup.order, table=setup.table)
+        key = {
+            "atoms": start.atoms,
+            "property": setup.name,
+            "options": asdict(prop.options),
+            "calculator": calculator.provenance(),
+            "setup": [setup.factory, setup.model, setup.soc, setup.mode, setup.dtype],
+        }
+        target = Path(folder) / f"{Path(file).stem}-{fingerprint(key)[:KEY_LENGTH]}.nc"
+        journal = Journal.beside(target)
+        if _read(target) is None:
+            dataset = prop.run(start.atoms, calculator, silent, journal)
+            dataset.attrs["initial_moments_origin"] = start.origin
+            dataset.attrs["structure_file"] = Path(file).name
+            write_dataset(dataset, target)
+        journal.clear()
+        done = _read(target)
+        if done is None:
+            raise PropertyError(f"the dataset '{target}' cannot be read back; remove it")
+        return Outcome(file, symbols, start.origin, tuple(prop.summary(done)), dataset=target.name)
+    except PropertyError as error:
+        return Outcome(file, symbols, failure=" ".join(str(error).split()))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return Outcome(file, symbols, failure=f"unexpected {type(error).__name__}: {text}")
+
+
+def _read(path: Path) -> xr.Dataset | None:
+    try:
+        with xr.open_dataset(path) as found:
+            return found.load()
+    except (OSError, ValueError):
+        return None
+
+
+def screen(
+    files: Sequence[str],
+    setup: Setup,
+    folder: str | Path,
+    jobs: int = 1,
+    dask: str = "",
+    tell: Callable[[str, int, int], None] = silent,
+) -> list[Outcome]:
+    """Compute a property of many structures in parallel, and leave each result on disk as soon as it is there.
+
+    Called again after a kill, it reads what is finished and goes on inside what is not; structures that failed are
+    tried again.
+
+    Parameters
+    ----------
+    files : structures.
+    setup : everything else that decides the results.
+    folder : of the datasets; made where it does not exist.
+    jobs : processes on this machine.
+    dask : ``local`` for a Dask cluster of `jobs` workers here, or the address of a scheduler; empty for joblib's own.
+    tell : called as ``tell(stage, done, total)``.
+
+    Returns
+    -------
+    One outcome for each file, in their order.
+    """
+    Path(folder).mkdir(exist_ok=True)
+    for torn in Path(folder).glob(".*.nc"):
+        torn.unlink()
+    found: dict[str, Outcome] = {}
+    tasks = [joblib.delayed(run_one)(file, setup, str(folder)) for file in files]
+    tell("structures", 0, len(files))
+    with _engine(jobs, dask) as workers:
+        for outcome in joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks):
+            found[outcome.file] = outcome
+            tell("structures", len(found), len(files))
+    return [found[file] for file in files]
+
+
+@contextmanager
+def _engine(jobs: int, dask: str) -> Iterator[int]:
+    """Choose what runs the tasks, and yield how many at once."""
+    if not dask:
+        with joblib.parallel_config(backend="loky"):
+            yield jobs
+        return
+    try:
+        from dask.distributed import Client, LocalCluster
+    except ImportError:
+        raise OptionError("--dask needs Dask; install mmace[dask], or leave --dask out") from None
+    try:
+        if dask == "local":
+            cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None, silence_logs=ERROR)
+        else:
+            cluster = None
+        client = Client(cluster if cluster is not None else dask, timeout="5s")
+    except (OSError, ValueError, TimeoutError) as error:
+        raise OptionError(f"no Dask scheduler answers at '{dask}' ({' '.join(str(error).split())[:120]})") from error
+    try:
+        with joblib.parallel_config(backend="dask"):
+            yield -1
+    finally:
+        client.close()
+        if cluster is not None:
+            cluster.close()
+
+
+def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
+    """Return one dataset with a row for each structure.
+
+    Parameters
+    ----------
+    outcomes : of the structures.
+    setup : what decided the results.
+
+    Returns
+    -------
+    Dimension ``structure``; a variable for each line of the results' tables (NaN or empty where a structure has no such
+    line), ``_std`` with committees, and file, formula, origin of the moments, failure and dataset of each.
+    """
+    count = len(outcomes)
+    data: dict[str, xr.Variable] = {}
+    columns: dict[tuple[str, str, bool], str] = {}
+    for outcome in outcomes:
+        for row in outcome.rows:
+            text = isinstance(row.value, str)
+            kind = (row.label, row.unit, text)
+            if kind not in columns:
+                columns[kind] = _column(row.label, set(columns.values()))
+    for (label, unit, text), name in columns.items():
+        rows = [
+            next((r for r in o.rows if (r.label, r.unit, isinstance(r.value, str)) == (label, unit, text)), None)
+            for o in outcomes
+        ]
+        if text:
+            values: Any = np.array([str(r.value) if r is not None else "" for r in rows])
+            data[name] = variable("structure", values, unit or "1", label)
+            continue
+        numbers = [float(r.value) if r is not None else np.nan for r in rows]
+        data[name] = variable("structure", np.array(numbers), unit or "1", label)
+        spreads = [np.nan if r is None or r.spread is None else r.spread for r in rows]
+        if not np.all(np.isnan(spreads)):
+            data[f"{name}_std"] = variable("structure", np.array(spreads), unit or "1", f"{label}, committee spread")
+    for name, text_ in (
+        ("formula", "chemical formula"),
+        ("origin", "where the initial moments came from"),
+        ("failure", "why there is no result; empty where there is one"),
+        ("dataset", "file of the structure's own dataset"),
+    ):
+        data[f"structure_{name}"] = variable("structure", np.array([getattr(o, name) for o in outcomes]), "1", text_)
+    files = variable("structure", np.array([o.file for o in outcomes]), "1", "file of the structure")
+    failed = sum(bool(o.failure) for o in outcomes)
+    attrs = {
+        "property": setup.name,
+        "title": f"screening: {load_property(setup.name).title}",
+        "structures": count,
+        "failures": failed,
+        "setup": asdict(setup),
+        "versions": versions(),
+    }
+    return xr.Dataset(data, {"structure": files}, {k: attribute(v) for k, v in attrs.items()})
+
+
+def _column(label: str, taken: set[str]) -> str:
+    """Return a variable name for a line of a table."""
+    name = re.sub(r"\W+", "_", label).strip("_") or "value"
+    name = f"n_{name}" if name[0].isdigit() else name
+    candidate, k = name, 2
+    while candidate in taken or candidate.startswith("structure"):
+        candidate, k = f"{name}_{k}", k + 1
+    return candidate
+
+
+def csv_text(table: xr.Dataset) -> str:
+    """Return the table as comma-separated values with units in its header."""
+    names = [str(k) for k in table.data_vars]
+    names = [n for n in names if n.startswith("structure_")] + [n for n in names if not n.startswith("structure_")]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    header = ["file"]
+    for name in names:
+        item = table[name]
+        head = name.removeprefix("structure_") if name.startswith("structure_") else str(item.attrs["long_name"])
+        header.append(head if item.attrs["units"] == "1" else f"{head} ({item.attrs['units']})")
+    writer.writerow(header)
+    for k, file in enumerate(table["structure"].values):
+        cells = [table[name].values[k] for name in names]
+        writer.writerow([file, *("" if isinstance(c, float) and np.isnan(c) else c for c in cells)])
+    return buffer.getvalue()
+
+
+def screen_command(arguments: Sequence[str]) -> int:
+    """Run ``mmace-props screen``; return the exit status: 0 where any structure gave a result, else 2."""
+    kind = load_property(_property_name(arguments))
+    parser = Parser(
+        prog="mmace-props screen",
+        description=f"Compute the {kind.title} of many structures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("structures", nargs="+", metavar="PATH", help="structure files, or directories of them")
+    parser.add_argument("--property", required=True, metavar="NAME", help=", ".join(sorted(plugins())))
+    parser.add_argument("-o", "--output", help=f"netCDF file to write (default: screen_{kind.name}.nc here)")
+    parser.add_argument("--csv", help="the same as comma-separated values (default: beside the output)")
+    parser.add_argument("--jobs", type=int, default=1, help="structures at once (default: 1)")
+    parser.add_argument("--dask", default="", help="'local', or the address of a Dask scheduler (default: neither)")
+    add_setup(parser, kind)
+    args = parser.parse_all(arguments)
+    output = Path(args.output or f"screen_{kind.name}.nc")
+    table_file = Path(args.csv) if args.csv else output.with_suffix(".csv")
+    folder = output.with_suffix("")
+    _check(args, output, table_file, folder)
+    mode, table, moments_file = moments_arguments(args.moments, kind.default_mode)
+    if moments_file is not None:
+        raise OptionError("a file of moments fits one structure alone; give a table such as Fe=2.2, or an order")
+    named = named_options(args)
+    if named.get("write"):
+        raise OptionError("every structure would write to the same file; leave write out, each dataset holds its own")
+    kind(moments=mode, **named)
+    files = structure_files(args.structures)
+    places = args.calculator, args.model, args.soc, mode, args.device, args.dtype
+    load_calculator(*places)
+    setup = Setup(
+        kind.name, named, mode, args.order, table, args.calculator, args.model, args.soc, args.device, args.dtype
+    )
+    console = Console(quiet=args.quiet, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+    if folder.is_dir():
+        done = [p for p in folder.glob("*.nc") if not p.name.startswith(".")]
+        console.print(f"restart    {len(done)} finished structures of an earlier run are at hand")
+    with progress_bar(args.quiet) as report:
+        outcomes = screen(files, setup, folder, args.jobs, args.dask, report)
+    result = outcome_table(outcomes, setup)
+    write_dataset(result, output)
+    write_whole(table_file, lambda name: Path(name).write_text(csv_text(result), encoding="utf-8"))
+    rows = [Row(o.file, o.failure or _short(o), "failed" if o.failure else o.formula) for o in outcomes]
+    print_table(console, rows, f"{len(outcomes)} structures: {kind.title}")
+    failed = sum(bool(o.failure) for o in outcomes)
+    console.print(f"wrote {output} and {table_file}, {len(outcomes) - failed} results and {failed} failures; {folder}/")
+    if failed == len(outcomes):
+        raise PropertyError(f"no structure gave a result; of the first: {outcomes[0].failure}")
+    return 0
+
+
+def _property_name(arguments: Sequence[str]) -> str:
+    """Return what --property says, before the property's own options are known."""
+    parser = Parser(prog="mmace-props screen", add_help=False, allow_abbrev=False)
+    parser.add_argument("--property")
+    name = parser.parse_known_args(list(arguments))[0].property
+    if name is None:
+        raise OptionError(f"name the property to screen with --property ({', '.join(sorted(plugins()))})")
+    return str(name)
+
+
+def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Path) -> None:
+    """Refuse places that cannot be written and numbers of jobs that make no sense, before anything is computed."""
+    check_writable(output)
+    check_writable(table_file)
+    if output.resolve() == table_file.resolve():
+        raise OptionError("the dataset and the table cannot be the same file; name two")
+    if folder == output:
+        raise OptionError(f"name an output with a suffix, such as {output}.nc")
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"'{folder}' is a file, but the structures' datasets go into a folder of that name")
+    if not 1 <= args.jobs <= 4096:
+        raise OptionError(f"jobs cannot be {args.jobs}; it lies between 1 and 4096")
+
+
+def _short(outcome: Outcome) -> str:
+    """Return the first numbers of an outcome."""
+    numbers = [r for r in outcome.rows if not isinstance(r.value, str)][:3]
+    return ", ".join(
+        f"{r.label} {float(r.value):.6g}{' ' + r.unit if r.unit not in ('', '1') else ''}" for r in numbers
+    )

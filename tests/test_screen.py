@@ -1,0 +1,231 @@
+"""Many structures at once: rows, failures, restarts, engines, and what is written."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from ase.build import bulk
+from ase.io import write
+from mmace_props.base import Row
+from mmace_props.cli import main
+from mmace_props.eos import EquationOfState
+from mmace_props.protocol import with_moments
+from mmace_props.screen import Outcome, Setup, outcome_table, screen, structure_files
+from mmace_props.structures import read_structure
+
+from . import toys
+from .test_cli_props import HERE, TOY
+
+EOS = ("--property", "eos", "--states", "fm", "--points", "6")
+
+
+@pytest.fixture
+def crystals(tmp_path, monkeypatch):
+    """A directory with three good structures and two bad ones, and nothing else around."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k, a in enumerate((2.78, 2.83, 2.88)):
+        write(folder / f"fe{k}.extxyz", with_moments(bulk("Fe", cubic=True, a=a), [[0, 0, 2.0]] * 2))
+    write(folder / "xe.cif", bulk("Xe"))
+    (folder / "zz.cif").write_text("this is no crystal\n")
+    (folder / "notes.txt").write_text("not a structure\n")
+    return folder
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def single(path):
+    """The same property of one structure, alone."""
+    prop = EquationOfState(moments="magnitudes", states=("fm",), points=6)
+    return prop.run(read_structure(path), toys.from_options(soc=False, moments="magnitudes"))
+
+
+def test_one_row_per_structure_and_failures_with_their_sentence(crystals, capsys):
+    """Numbers are those of single runs; what fails is named, recorded, and skipped."""
+    assert run("screen", crystals, *EOS, "--calculator", TOY) == 0
+    out = capsys.readouterr().out
+    assert "3 results and 2 failures" in out
+    assert "does not know the element Xe" in out
+    with xr.open_dataset("screen_eos.nc") as table:
+        assert [Path(f).name for f in table["structure"].values] == [
+            "fe0.extxyz", "fe1.extxyz", "fe2.extxyz", "xe.cif", "zz.cif",
+        ]  # fmt: skip
+        assert table.attrs["failures"] == 2
+        assert all(v.attrs["units"] and v.attrs["long_name"] for v in table.variables.values())
+        failures = table["structure_failure"].values
+        assert failures[0] == ""
+        assert "does not know the element Xe" in failures[3]
+        assert "cannot be read" in failures[4]
+        for k in range(3):
+            alone = single(crystals / f"fe{k}.extxyz")["V0"].sel(state="fm", fit="birch_murnaghan")
+            assert float(table["fm_V0"][k]) == pytest.approx(float(alone), rel=1e-12)
+            with xr.open_dataset(Path("screen_eos") / str(table["structure_dataset"].values[k])) as own:
+                assert float(own["V0"].sel(state="fm", fit="birch_murnaghan")) == float(table["fm_V0"][k])
+                assert own.attrs["structure_file"] == f"fe{k}.extxyz"
+        assert np.isnan(table["fm_V0"].values[3:]).all()
+    with Path("screen_eos.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    assert float(rows[1]["fm V0 (Å³/atom)"]) == pytest.approx(float(rows[1]["fm V0 (Å³/atom)"]))
+    assert rows[3]["fm V0 (Å³/atom)"] == ""
+    assert "element Xe" in rows[3]["failure"]
+    assert rows[0]["formula"] == "Fe2"
+
+
+def test_processes_give_what_one_gives(crystals):
+    """Two processes of joblib."""
+    assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "a.nc", "--quiet") == 0
+    assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "b.nc", "--jobs", 2, "--quiet") == 0
+    with xr.open_dataset("a.nc") as a, xr.open_dataset("b.nc") as b:
+        xr.testing.assert_identical(a.load(), b.load())
+
+
+def test_a_dask_cluster_gives_what_one_gives(crystals):
+    """Two workers of a local cluster, which are shut down afterwards."""
+    distributed = pytest.importorskip("distributed")
+    assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "a.nc", "--quiet") == 0
+    assert (
+        run("screen", crystals, *EOS, "--calculator", TOY, "-o", "b.nc", "--jobs", 2, "--dask", "local", "--quiet") == 0
+    )
+    with xr.open_dataset("a.nc") as a, xr.open_dataset("b.nc") as b:
+        xr.testing.assert_identical(a.load(), b.load())
+    with pytest.raises(ValueError, match="No global client"):
+        distributed.get_client()
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        address = cluster.scheduler_address
+        assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "c.nc", "--dask", address, "--quiet") == 0
+    with xr.open_dataset("a.nc") as a, xr.open_dataset("c.nc") as c:
+        xr.testing.assert_identical(a.load(), c.load())
+
+
+def test_finished_structures_are_not_computed_again(crystals, capsys):
+    """A second run reads; another option, another structure, or a damaged file computes."""
+    command = ("screen", crystals, *EOS, "--calculator", TOY)
+    assert run(*command) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in Path("screen_eos").iterdir()}
+    assert len(before) == 3
+    assert run(*command) == 0
+    assert "3 finished structures of an earlier run" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in Path("screen_eos").iterdir()} == before
+    damaged = sorted(before)[0]
+    (Path("screen_eos") / damaged).write_bytes(b"cut off")
+    write(crystals / "fe1.extxyz", with_moments(bulk("Fe", cubic=True, a=2.84), [[0, 0, 2.0]] * 2))
+    assert run(*command) == 0
+    after = {p.name: p.stat().st_mtime_ns for p in Path("screen_eos").iterdir()}
+    assert len(after) == 4
+    assert after[damaged] != before[damaged]
+    unchanged = [name for name in before if name != damaged]
+    assert all(after[name] == before[name] for name in unchanged)
+    assert run(*command, "--volume-range", "0.08") == 0
+    assert len(list(Path("screen_eos").iterdir())) == 7
+
+
+def test_a_killed_screen_goes_on_where_it_was(crystals, tmp_path):
+    """Killed in the middle without warning; what was finished is read, nothing half-written is left behind."""
+    log = tmp_path / "log.txt"
+    slow = "tests.slow_toy:from_options"
+    command = [sys.executable, "-m", "mmace_props.cli", "screen", "in", *EOS, "--calculator", slow, "--quiet"]
+    environment = {**os.environ, "SLOW_TOY_LOG": str(log), "PYTHONPATH": str(HERE.parent)}
+    started = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "screen_eos"
+    for _ in range(600):
+        if folder.is_dir() and list(folder.glob("[!.]*.nc")):
+            break
+        time.sleep(0.05)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    finished = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.nc")}
+    assert 1 <= len(finished) < 3
+    assert not (tmp_path / "screen_eos.nc").exists()
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
+    after = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.nc")}
+    assert all(after[name] == finished[name] for name in finished)
+    assert len(after) == 3
+    assert sorted(p.name for p in folder.iterdir()) == sorted(after)
+    with xr.open_dataset(tmp_path / "screen_eos.nc") as table:
+        assert table.attrs["failures"] == 2
+
+
+def test_from_python_with_other_tables(tmp_path):
+    """Lines that only some results have, text, spread, and labels that make one name."""
+    outcomes = [
+        Outcome("a", "Fe", rows=(Row("bulk modulus", 170.0, "GPa", 2.0), Row("ground state", "fm")), dataset="a.nc"),
+        Outcome("b", "Al", rows=(Row("bulk modulus", 76.0, "GPa"), Row("bulk-modulus", 1.0, "eV"))),
+        Outcome("c", failure="no"),
+    ]
+    table = outcome_table(outcomes, Setup("eos", {}, "fixed"))
+    assert table["bulk_modulus"].values[:2].tolist() == [170.0, 76.0]
+    assert np.isnan(table["bulk_modulus"].values[2])
+    assert table["bulk_modulus"].attrs["units"] == "GPa"
+    assert table["bulk_modulus_2"].values[1] == 1.0
+    assert table["bulk_modulus_std"].values[0] == 2.0
+    assert np.isnan(table["bulk_modulus_std"].values[1])
+    assert table["ground_state"].values.tolist() == ["fm", "", ""]
+
+
+def test_an_unexpected_error_of_one_structure_does_not_stop_the_others(crystals):
+    """A calculator that breaks on one volume: its type and text are recorded."""
+    factory = crystals.parent / "fragile.py"
+    factory.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE.parent)!r})\n"
+        "from tests import toys\n"
+        "class Fragile(toys.CapableToy):\n"
+        "    def evaluate_spins(self, atoms, moments, magnetic_forces=True):\n"
+        "        if abs(atoms.cell[0, 0] - 2.88) < 0.02:\n"
+        "            raise ZeroDivisionError('a bug')\n"
+        "        return super().evaluate_spins(atoms, moments, magnetic_forces)\n"
+        "def make(model='toy', soc=True, moments='fixed', device='cpu', dtype='float64'):\n"
+        "    full = toys.from_options(model, soc, moments)\n"
+        "    return Fragile(*full.options.terms, soc=soc, moments=moments)\n"
+    )
+    options = {"strain": False, "directions": 86}
+    setup = Setup("anisotropy", options, "fixed", factory=f"{factory}:make")
+    files = structure_files([crystals / "fe0.extxyz", crystals / "fe2.extxyz"])
+    found = screen(files, setup, crystals.parent / "parts")
+    assert found[0].failure == ""
+    assert found[1].failure == "unexpected ZeroDivisionError: a bug"
+
+
+BAD = [
+    (["screen", "in"], "name the property to screen with --property"),
+    (["screen", "in", "--property", "eoss"], "did you mean 'eos'"),
+    (["screen", "--property", "eos"], "PATH"),
+    (["screen", "in", "in/fe0.extxyz", "--property", "eos"], "is named twice"),
+    (["screen", "nowhere", "--property", "eos"], "no structure file 'nowhere'"),
+    (["screen", "empty", "--property", "eos"], "holds no structure"),
+    (["screen", "in", "--property", "eos", "--jobs", "0"], "jobs cannot be 0"),
+    (["screen", "in", "--property", "eos", "--points", "3"], "points cannot be 3"),
+    (["screen", "in", "--property", "eos", "--moments", "m.txt"], "fits one structure alone"),
+    (["screen", "in", "--property", "relax", "--write", "a.mcif"], "write to the same file"),
+    (["screen", "in", "--property", "eos", "-o", "no/a.nc"], "does not exist"),
+    (["screen", "in", "--property", "eos", "-o", "a"], "name an output with a suffix"),
+    (["screen", "in", "--property", "eos", "--poins", "9"], "did you mean '--points'"),
+    (["screen", "in", "--property", "eos", "--model", "broken"], "the model file broken is damaged"),
+    (["screen", "in/xe.cif", "--property", "eos"], "no structure gave a result; of the first: the model does not know"),
+    (["screen", "in", "--property", "eos", "--dask", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[b[1][:24] for b in BAD])
+def test_bad_input(arguments, sentence, crystals, capsys):
+    """One sentence and status 2."""
+    if "--dask" in arguments:
+        pytest.importorskip("distributed")
+    Path("empty").mkdir()
+    Path("m.txt").write_text("2\n2\n")
+    assert run(*arguments, "--calculator", TOY) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sentence in lines[-1]
