@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
+    from .data.cli import add_parser as add_convert_parser
     from .labels.cli import add_parser as add_label_parser
     from .training.cli import add_parsers as add_training_parsers
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mmace {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     add_label_parser(subparsers)
+    add_convert_parser(subparsers)
     add_training_parsers(subparsers)
     info = subparsers.add_parser("info", help="what a model holds: elements, settings, hash, notes")
     info.add_argument("model", nargs="?", default="default", help="shipped name, .safetensors or .json file")

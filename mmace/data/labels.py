@@ -105,7 +105,7 @@ def read_labels(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     labels = [
         label_from_atoms(atoms, f"frame {index} of {os.fspath(path)}")
         for path in paths
-        for index, atoms in enumerate(_read_frames(path))
+        for index, atoms in enumerate(read_frames(path))
     ]
     for members in groups_of(labels):
         _check_group(members)
@@ -177,7 +177,8 @@ def fingerprint(labels: Iterable[LabelledStructure]) -> str:
     return digest.hexdigest()
 
 
-def _read_frames(path: str | os.PathLike[str]) -> list[Atoms]:
+def read_frames(path: str | os.PathLike[str]) -> list[Atoms]:
+    """All structures of an extended XYZ file, at least one."""
     file = Path(path)
     if not file.exists():
         raise LabelError(f"there is no label file {file}: give an existing extended XYZ file.")

@@ -1,0 +1,321 @@
+"""What readers of other formats share: the frame they build, parents, and signs checked against energies."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+
+from ..errors import LabelError
+from .labels import SAME_GEOMETRY
+
+TERMS = ("forces", "stress", "magnetic_forces")
+NEIGHBOURS = 4
+MAX_FRAMES = 1000  # of one composition in the check of signs
+MAX_STRAIN, MAX_SHIFT, MAX_TURN = 0.08, 0.3, 0.8  # logarithmic strain, Å, µB between two frames of a pair
+SMALL_WORK = 1e-3  # eV; pairs with less say little
+ACCEPTED = 0.35  # a coefficient this close to ±1, and a standard error below a third of it, settles a sign
+
+
+@dataclass(frozen=True)
+class SignEvidence:
+    """Factor on one quantity that makes it the derivative of the energies, fitted to pairs of nearby frames.
+
+    Attributes
+    ----------
+    factor : float
+        About 1 where sign and unit are right, about -1 where the sign is turned round; NaN without pairs.
+    error : float
+        Standard error.
+    pairs : int
+        Pairs of frames that were compared.
+    """
+
+    factor: float
+    error: float
+    pairs: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the data settle it, 0 where they do not."""
+        settled = abs(abs(self.factor) - 1.0) < ACCEPTED and self.error < ACCEPTED / 3
+        return int(np.sign(self.factor)) if settled else 0
+
+    def __str__(self) -> str:
+        return f"factor {self.factor:.2f} ± {self.error:.2f} from {self.pairs} pairs of frames"
+
+
+def make_frame(
+    symbols: Sequence[str],
+    positions: np.ndarray,
+    cell: np.ndarray,
+    pbc: bool,
+    moments: np.ndarray,
+    results: Mapping[str, Any],
+    magnetic_forces: np.ndarray | None,
+    info: Mapping[str, Any],
+    where: str,
+) -> Atoms:
+    """A frame of the label contract.
+
+    Parameters
+    ----------
+    symbols : sequence of str
+    positions : ndarray (N, 3)
+        Å.
+    cell : ndarray (3, 3)
+        Rows are lattice vectors, Å.
+    pbc : bool
+    moments : ndarray (N,) or (N, 3)
+        µB; (N,) is along z.
+    results : mapping
+        `energy` eV, `forces` (N, 3) eV/Å, `stress` (6,) eV/Å^3 in ASE's sign; what is None is not known.
+    magnetic_forces : ndarray (N, 3) or None
+        eV/µB, NaN where not known.
+    info : mapping
+        `parent`, `name`, `code`, `recipe`.
+    where : str
+        File and frame, for messages.
+
+    Raises
+    ------
+    LabelError
+        An array has the wrong shape or is not finite where it must be.
+    """
+    n_atoms = len(symbols)
+    shapes = {"energy": (), "forces": (n_atoms, 3), "stress": (6,)}
+    known: dict[str, Any] = {}
+    for key, value in results.items():
+        if value is not None:
+            known[key] = _finite(value, shapes[key], key, where)
+    moments = np.asarray(moments, dtype=float)
+    if moments.ndim == 1:
+        moments = np.outer(moments, [0.0, 0.0, 1.0])
+    try:
+        atoms = Atoms(symbols, positions=_finite(positions, (n_atoms, 3), "positions", where), cell=cell, pbc=pbc)
+    except (KeyError, ValueError) as error:
+        raise LabelError(f"{where} does not hold a structure ({error}): mend the file.") from None
+    atoms.set_initial_magnetic_moments(_finite(moments, (n_atoms, 3), "moments", where))
+    if "energy" in known:
+        known["energy"] = float(known["energy"])
+    atoms.calc = SinglePointCalculator(atoms, **known)
+    if magnetic_forces is not None:
+        array = np.asarray(magnetic_forces, dtype=float)
+        if array.shape != (n_atoms, 3):
+            raise LabelError(f"{where}: magnetic forces have shape {array.shape}, but ({n_atoms}, 3) is needed.")
+        atoms.arrays["magnetic_forces"] = array
+    atoms.info.update({"soc": 0, **info})
+    return atoms
+
+
+def unknown_where_empty(magnetic_forces: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """NaN for atoms whose moment and magnetic force are exactly zero: formats fill in what was not calculated."""
+    empty = ~(np.any(magnetic_forces, axis=-1) | np.any(moments, axis=-1))
+    return np.where(empty[..., None], np.nan, magnetic_forces)
+
+
+def with_parents(frames: Sequence[Atoms], stem: str) -> list[Atoms]:
+    """Frames of one geometry get one parent, so that a split cannot put one crystal on both sides."""
+    known: dict[tuple[str, ...], list[np.ndarray]] = defaultdict(list)
+    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    count = 0
+    for atoms in frames:
+        kind = tuple(atoms.get_chemical_symbols())
+        geometry = np.concatenate([atoms.cell.array, atoms.positions]).ravel()
+        same = np.flatnonzero([np.abs(other - geometry).max() < SAME_GEOMETRY for other in known[kind]])
+        if not len(same):
+            known[kind].append(geometry)
+            names[kind].append(f"{stem}-{count}")
+            count += 1
+        atoms.info["parent"] = names[kind][int(same[0]) if len(same) else -1]
+    return list(frames)
+
+
+def sign_evidence(frames: Sequence[Atoms]) -> dict[str, SignEvidence]:
+    """Factors on forces, stress and magnetic forces that fit the energies.
+
+    Between two nearby frames of the same atoms the trapezoidal rule gives the difference of the energies from the mean
+    of the derivatives at both ends, with an error of third order. The three factors are the least-squares solution over
+    the pairs of nearest frames, each pair relative to the sum of its terms.
+
+    Parameters
+    ----------
+    frames : sequence of Atoms
+        Frames of the label contract.
+
+    Returns
+    -------
+    dict of SignEvidence
+        For `forces`, `stress` and `magnetic_forces`.
+    """
+    groups: dict[tuple[str, ...], list[Atoms]] = defaultdict(list)
+    for atoms in frames:
+        if "energy" in atoms.calc.results and atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > 0:
+            groups[tuple(atoms.get_chemical_symbols())].append(atoms)
+    constrained = any("magnetic_forces" in atoms.arrays for atoms in frames)
+    rows = []
+    for group in groups.values():
+        step = -(-len(group) // MAX_FRAMES)
+        rows += _pairs(group[::step], constrained)
+    unknown = {name: SignEvidence(np.nan, np.nan, 0) for name in TERMS}
+    if not rows:
+        return unknown
+    table = np.array(rows)
+    table = table[np.abs(table[:, 1:]).sum(1) > SMALL_WORK]
+    table = table / np.abs(table[:, 1:]).sum(1, keepdims=True)
+    present = [k for k in range(3) if np.any(np.abs(table[:, 1 + k]) > 0.05)]
+    if len(table) < len(present) + 2 or not present:
+        return unknown
+    design = table[:, [1 + k for k in present]]
+    factors, _, rank, _ = np.linalg.lstsq(design, table[:, 0], rcond=1e-6)
+    if rank < len(present):
+        return unknown
+    variance = np.sum((table[:, 0] - design @ factors) ** 2) / (len(table) - len(present))
+    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.inv(design.T @ design)), 0.0))
+    for k, factor, error in zip(present, factors, errors, strict=True):
+        pairs = int(np.sum(np.abs(table[:, 1 + k]) > 0.05))
+        unknown[TERMS[k]] = SignEvidence(float(factor), float(error), pairs)
+    return unknown
+
+
+def settle_signs(frames: Sequence[Atoms], stress: int | None, magnetic: int | None, how: Mapping[str, str]) -> None:
+    """Give stress and magnetic forces of frames the contract's sign, in place.
+
+    Parameters
+    ----------
+    frames : sequence of Atoms
+        Frames as they were read.
+    stress, magnetic : int or None
+        1 keeps a sign, -1 turns it round, None leaves it to the energies of the frames.
+    how : mapping
+        For `stress` and `magnetic_forces`, what the user should say where the energies do not settle a sign.
+
+    Raises
+    ------
+    LabelError
+        The energies do not settle a sign that was left to them, or contradict one that was given, or the forces.
+    """
+    evidence = sign_evidence(frames)
+    if evidence["forces"].sign < 0:
+        raise LabelError(
+            f"the forces point uphill ({evidence['forces']}): the file holds gradients, turn their sign first."
+        )
+    for name, wanted in (("stress", stress), ("magnetic_forces", magnetic)):
+        if not any(_holds(atoms, name) for atoms in frames):
+            continue
+        found = evidence[name]
+        if wanted is None and not found.sign:
+            raise LabelError(f"the energies do not settle the sign of {name.replace('_', ' ')} ({found}): {how[name]}.")
+        if wanted is not None and found.sign * wanted < 0:
+            raise LabelError(
+                f"the energies contradict the sign given for {name.replace('_', ' ')} ({found}): {how[name]}."
+            )
+        if (found.sign if wanted is None else wanted) < 0:
+            for atoms in frames:
+                if name == "stress" and "stress" in atoms.calc.results:
+                    atoms.calc.results["stress"] *= -1.0
+                elif name == "magnetic_forces" and name in atoms.arrays:
+                    atoms.arrays[name] *= -1.0
+
+
+def voigt(stress: Any, where: str) -> np.ndarray:
+    """Components xx, yy, zz, yz, xz, xy of six numbers in that order, nine, or 3 × 3."""
+    array = np.asarray(stress, dtype=float)
+    if array.shape == (9,):
+        array = array.reshape(3, 3)
+    if array.shape == (3, 3):
+        return full_3x3_to_voigt_6_stress(array)
+    if array.shape != (6,):
+        raise LabelError(f"{where}: stress has shape {array.shape}, but (6,) or (3, 3) is needed.")
+    return array
+
+
+def text_of(path: str | os.PathLike[str], opener: Callable[..., Any] = open) -> str:
+    """Content of a text file, or a LabelError that names it."""
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise LabelError(f"there is no file {Path(path)}: give an existing one.") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise LabelError(f"{Path(path)} cannot be read as text ({error}): give another file.") from None
+
+
+def _holds(atoms: Atoms, name: str) -> bool:
+    if name == "magnetic_forces":
+        return name in atoms.arrays and bool(np.nan_to_num(atoms.arrays[name]).any())
+    return name in atoms.calc.results
+
+
+def _finite(values: Any, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
+    try:
+        array = np.array(values, dtype=float)
+    except (TypeError, ValueError):
+        raise LabelError(f"{where}: {what} are not numbers: mend the file.") from None
+    if array.shape != shape:
+        raise LabelError(f"{where}: {what} has shape {array.shape}, but {shape} is needed.")
+    if not np.isfinite(array).all():
+        raise LabelError(f"{where}: {what} is not finite: leave out what is not known.")
+    return array
+
+
+def _pairs(group: Sequence[Atoms], constrained: bool) -> list[list[float]]:
+    """Energy differences and the three terms of work (eV) of each frame with its nearest ones."""
+    rows = []
+    done = set()
+    cells = np.array([atoms.cell.array for atoms in group])
+    scaled = np.array([atoms.cell.scaled_positions(atoms.positions) for atoms in group])
+    moments = np.array([atoms.get_initial_magnetic_moments() for atoms in group])
+    for k in range(len(group)):
+        step = scaled - scaled[k]
+        step -= np.round(step)
+        shift = np.einsum("gna,gab->gnb", step, 0.5 * (cells + cells[k]))
+        stretch = np.abs(np.linalg.solve(cells[k], cells) - np.eye(3)).max((1, 2))
+        distance = stretch / MAX_STRAIN + np.abs(shift).max((1, 2)) / MAX_SHIFT
+        distance += np.abs(moments - moments[k]).max((1, 2)) / MAX_TURN
+        distance[k] = np.inf
+        for other in np.argsort(distance)[:NEIGHBOURS]:
+            pair = (min(k, int(other)), max(k, int(other)))
+            if pair in done or not distance[other] < 1.5:
+                continue
+            done.add(pair)
+            work = _work(group[k], group[other], shift[other], moments[other] - moments[k], constrained)
+            if work is not None:
+                rows.append(work)
+    return rows
+
+
+def _work(a: Atoms, b: Atoms, shift: np.ndarray, turn: np.ndarray, constrained: bool) -> list[float] | None:
+    """Difference of energies and work by forces, stress and magnetic forces from a to b; None where one is unknown."""
+    deformation = np.linalg.solve(a.cell.array, b.cell.array)
+    values, axes = np.linalg.eigh(deformation @ deformation.T)
+    strain = (axes * (0.5 * np.log(values))) @ axes.T
+    rotation = np.linalg.solve((axes * np.sqrt(values)) @ axes.T, deformation)
+    if np.abs(rotation - np.eye(3)).max() > 0.01:
+        return None
+    by_forces = by_stress = by_moments = 0.0
+    if np.abs(shift).max() > 1e-6:
+        if not (_holds(a, "forces") and _holds(b, "forces")):
+            return None
+        by_forces = -0.5 * float(((a.calc.results["forces"] + b.calc.results["forces"]) * shift).sum())
+    if np.abs(strain).max() > 1e-7:
+        if not (_holds(a, "stress") and _holds(b, "stress")):
+            return None
+        mean = 0.5 * (a.calc.results["stress"] * a.get_volume() + b.calc.results["stress"] * b.get_volume())
+        by_stress = float((voigt_6_to_full_3x3_stress(mean) * strain).sum())
+    turned = np.abs(turn).max(1) > 1e-7
+    if constrained and turned.any():
+        if not ("magnetic_forces" in a.arrays and "magnetic_forces" in b.arrays):
+            return None
+        mean = 0.5 * (a.arrays["magnetic_forces"] + b.arrays["magnetic_forces"])
+        by_moments = -float((mean * turn)[turned].sum())
+    row = [b.calc.results["energy"] - a.calc.results["energy"], by_forces, by_stress, by_moments]
+    return row if np.isfinite(row).all() else None
