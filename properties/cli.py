@@ -247,7 +247,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         from .plot import save_figure
 
         save_figure(prop.plot(dataset), args.plot)
-    print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
+    _print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
     if "note" in dataset.attrs:
         console.print(dataset.attrs["note"])
     console.print(f"wrote {output}" + (f" and {args.plot}" if args.plot is not None else ""))
@@ -400,7 +400,7 @@ def _print_start(
     console.print(f"model      {model['calculator']} {about}" + (f", committee of {members}" if members > 1 else ""))
 
 
-def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+def _print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     spread = any(r.spread is not None for r in rows)
     table.add_column("quantity", no_wrap=True)

@@ -663,7 +663,7 @@ def _coordinates(atoms: Atoms, levels: Sequence[str], frame: Array) -> dict[str,
 def _rows(dataset: xr.Dataset) -> list[Row]:
     rows = []
     levels = [str(x) for x in dataset["level"].values]
-    for level in levels:
+    for level in reversed(levels):
         for label in INDEPENDENT[dataset.attrs["system"]].split():
             where: dict[str, Any] = {
                 "level": level,

@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 import xarray as xr
 from rich.console import Console
+from rich.table import Table
 
 from .base import Row, load_property, plugins, silent, variable, write_dataset
 from .cli import (
@@ -26,7 +27,6 @@ from .cli import (
     load_calculator,
     moments_arguments,
     named_options,
-    print_table,
     progress_bar,
 )
 from .errors import OptionError, PropertyError
@@ -39,6 +39,9 @@ from .structures import formula, read_structure, start_structure
 SUFFIXES = (".cif", ".mcif", ".vasp", ".poscar", ".extxyz", ".xyz")
 """Files taken from a directory; names that begin with POSCAR or CONTCAR too."""
 KEY_LENGTH = 16
+PRINTED = 4
+"""Numbers of each structure that are printed; all are written."""
+COLUMN = 18
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def screen(
 def _engine(jobs: int, dask: str) -> Iterator[int]:
     """Choose what runs the tasks, and yield how many at once."""
     if not dask:
-        with joblib.parallel_config(backend="loky"):
+        with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
             yield jobs
         return
     try:
@@ -371,8 +374,7 @@ def screen_command(arguments: Sequence[str]) -> int:
     result = outcome_table(outcomes, setup)
     write_dataset(result, output)
     write_whole(table_file, lambda name: Path(name).write_text(csv_text(result), encoding="utf-8"))
-    rows = [Row(o.file, o.failure or _short(o), "failed" if o.failure else o.formula) for o in outcomes]
-    print_table(console, rows, f"{len(outcomes)} structures: {kind.title}")
+    _print_outcomes(console, outcomes, f"{len(outcomes)} structures: {kind.title}")
     failed = sum(bool(o.failure) for o in outcomes)
     console.print(f"wrote {output} and {table_file}, {len(outcomes) - failed} results and {failed} failures; {folder}/")
     if failed == len(outcomes):
@@ -404,9 +406,20 @@ def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Pat
         raise OptionError(f"jobs cannot be {args.jobs}; it lies between 1 and 4096")
 
 
-def _short(outcome: Outcome) -> str:
-    """Return the first numbers of an outcome."""
-    numbers = [r for r in outcome.rows if not isinstance(r.value, str)][:3]
-    return ", ".join(
-        f"{r.label} {float(r.value):.6g}{' ' + r.unit if r.unit not in ('', '1') else ''}" for r in numbers
-    )
+def _print_outcomes(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
+    """Print the first numbers of each structure, or why there are none."""
+    shown = list(dict.fromkeys((r.label, r.unit) for o in outcomes for r in o.rows if not isinstance(r.value, str)))
+    shown = shown[:PRINTED]
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("structure", no_wrap=True)
+    table.add_column("formula", no_wrap=True)
+    for label, unit in shown:
+        table.add_column(label if unit in ("", "1") else f"{label}, {unit}", justify="right", max_width=COLUMN)
+    for outcome in outcomes:
+        numbers = {(r.label, r.unit): r.value for r in outcome.rows if not isinstance(r.value, str)}
+        cells = [f"{numbers[key]:.6g}" if key in numbers else "" for key in shown]
+        table.add_row(Path(outcome.file).name, outcome.formula, *cells)
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.failure:
+            console.print(f"failed     {Path(outcome.file).name}: {outcome.failure}")
