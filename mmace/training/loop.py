@@ -18,22 +18,42 @@ import torch
 from ..data import LabelledStructure, fingerprint, groups_of
 from ..errors import LabelError, MMACEError
 from ..files import whole_file
-from ..io import save_model
+from ..io import save_model, weights_hash
 from ..model import MagneticMACE, ModelConfig
 from .batches import DirectionBatch, LabelBatch
 from .checkpoint import read_checkpoint, write_checkpoint
-from .evaluate import errors_of, predict
+from .distributed import Processes, current_processes, part_of_probe
+from .evaluate import Prediction, errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
 from .recipe import Recipe
-from .restraint import make_probe, restraint_loss, spin_orbit_loss
+from .restraint import Probe, make_probe, restraint_loss, spin_orbit_loss
 from .setup import initial_model
 
 CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
-ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM = range(4)
+ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM, REPLAY_STREAM = range(5)
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where fine-tuning begins and what it must not forget.
+
+    Attributes
+    ----------
+    model : MagneticMACE
+        Weights and settings to start from.
+    replay : sequence of LabelledStructure
+        Labels the model was trained on; new ones are drawn from them in every epoch.
+    fraction : float
+        Share of them among the labels of an epoch, at least 0 and below 1.
+    """
+
+    model: MagneticMACE
+    replay: Sequence[LabelledStructure] = ()
+    fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +93,9 @@ def train(
     device: torch.device | str = "cpu",
     metadata: dict[str, str] | None = None,
     report: Report | None = None,
+    start: Start | None = None,
 ) -> Outcome:
-    """Train a model, or go on with a run that was stopped.
+    """Train a model, or go on with a run that was stopped; in every process of a group, if there is one.
 
     Parameters
     ----------
@@ -99,6 +120,8 @@ def train(
         Notes stored with the model.
     report : callable, optional
         Called with every record of the log.
+    start : Start, optional
+        Weights to start from instead of random ones.
 
     Returns
     -------
@@ -115,7 +138,7 @@ def train(
         raise LabelError("training needs labels to train on and others to validate on: give both.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(train_labels, valid_labels, recipe, folder, seed, bootstrap, torch.device(device), metadata or {})
+    run = _Run(train_labels, valid_labels, recipe, folder, seed, bootstrap, torch.device(device), metadata or {}, start)
     return run.go(max_minutes, stop_after, report or (lambda record: None))
 
 
@@ -132,7 +155,10 @@ class _Run:
         bootstrap: bool,
         device: torch.device,
         metadata: dict[str, str],
+        start: Start | None,
     ) -> None:
+        self.processes = current_processes()
+        self.start = start
         self.recipe, self.folder, self.seed, self.metadata = recipe, folder, seed, metadata
         self.valid_labels = valid_labels
         self.identity = {
@@ -142,21 +168,25 @@ class _Run:
             "train": fingerprint(train_labels),
             "valid": fingerprint(valid_labels),
         }
+        if start is not None:
+            self.identity["start"] = weights_hash(start.model)
+            self.identity["replay"] = [fingerprint(start.replay), start.fraction]
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.best_epoch, self.best_score = 0, math.inf
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
         checkpoint = folder / "checkpoint.safetensors"
         saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
-        if saved is None:
+        dtype = torch.float64 if recipe.dtype == "float64" else torch.float32
+        if saved is None and start is not None:
+            self.model = copy.deepcopy(start.model).to(dtype).requires_grad_(True).train()
+        elif saved is None:
             self.model = initial_model(train_labels, recipe, seed)
         else:
             if saved[1]["identity"] != self.identity:
                 raise MMACEError(
                     f"{folder} holds a run with other labels, recipe or seed: choose another folder for this run."
                 )
-            self.model = MagneticMACE(ModelConfig.from_dict(saved[1]["config"])).to(
-                torch.float64 if recipe.dtype == "float64" else torch.float32
-            )
+            self.model = MagneticMACE(ModelConfig.from_dict(saved[1]["config"])).to(dtype)
         self.model.to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.best = {name: value.clone() for name, value in self.average.items()}
@@ -174,7 +204,9 @@ class _Run:
         if saved is not None:
             self._restore(*saved)
         self.labels, self.groups = self._batches(train_labels)
-        self.spin_orbit_bound = max((_largest_anisotropy(group) for group in self.groups), default=0.0)
+        self.replay, self.replay_groups = self._batches([] if start is None else start.replay)
+        known = [*self.groups, *self.replay_groups]
+        self.spin_orbit_bound = max((_largest_anisotropy(group) for group in known), default=0.0)
         valid_single, valid_groups = self._batches(valid_labels)
         self.valid: list[LabelBatch | DirectionBatch] = [*valid_single, *valid_groups]
         if bootstrap:
@@ -182,19 +214,25 @@ class _Run:
             grouped = [group[0].parent for group in groups_of(train_labels)]
             self.labels = _redrawn(self.labels, single, self._rng(LABEL_STREAM))
             self.groups = _redrawn(self.groups, grouped, self._rng(GROUP_STREAM))
+        self.replayed, self.replayed_groups = self._replay_counts()
         self.steps_per_epoch = max(
-            math.ceil(len(self.labels) / recipe.batch_size), math.ceil(len(self.groups) / recipe.groups_per_step)
+            math.ceil((len(self.labels) + self.replayed) / recipe.batch_size),
+            math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
+        self.loss: torch.nn.Module = _StepLoss(self.model, recipe, self.spin_orbit_bound, self.processes)
+        if self.processes.count > 1:
+            self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
 
     def go(self, max_minutes: float | None, stop_after: int | None, report: Report) -> Outcome:
         start = saved_at = time.monotonic()
         before = self.seconds
-        (self.folder / "recipe.json").write_text(json.dumps(self.identity, indent=1) + "\n")
+        if self.processes.first:
+            (self.folder / "recipe.json").write_text(json.dumps(self.identity, indent=1) + "\n")
         records = self._records_until_checkpoint()
         while not self._finished():
             if stop_after is not None and self.epoch >= stop_after:
                 break
-            if max_minutes is not None and time.monotonic() - start > 60.0 * max_minutes:
+            if max_minutes is not None and self.processes.agreed(time.monotonic() - start > 60.0 * max_minutes):
                 break
             for labels, groups in self._epoch_batches():
                 self.terms += self._train_step(labels, groups)
@@ -203,7 +241,8 @@ class _Run:
             self.seconds = before + time.monotonic() - start
             if self.epoch % self.recipe.validate_every == 0 or self.epoch == self.recipe.epochs:
                 records.append(self._validate())
-                report(records[-1])
+                if self.processes.first:
+                    report(records[-1])
                 if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                     self._save(records)
                     saved_at = time.monotonic()
@@ -225,38 +264,45 @@ class _Run:
         grouped = [DirectionBatch.of(group, self.model, tolerances).to(device) for group in groups_of(labels)]
         return single, grouped
 
-    def _epoch_batches(self) -> list[tuple[LabelBatch | None, DirectionBatch | None]]:
+    def _replay_counts(self) -> tuple[int, int]:
+        """Replayed labels and groups in an epoch; groups come along in the proportion they had."""
+        if self.start is None or not 0.0 < self.start.fraction < 1.0:
+            return 0, 0
+        wanted = self.start.fraction / (1.0 - self.start.fraction) * (len(self.labels) + len(self.groups))
+        share = len(self.replay) / max(len(self.replay) + len(self.replay_groups), 1)
+        return (
+            min(len(self.replay), round(wanted * share)),
+            min(len(self.replay_groups), round(wanted * (1.0 - share))),
+        )
+
+    def _epoch_batches(self) -> list[tuple[list[LabelBatch], list[DirectionBatch]]]:
         """Batches of this epoch; the order depends on seed and epoch alone, so a resumed run repeats it."""
+        labels, groups = self.labels, self.groups
+        if self.replayed or self.replayed_groups:
+            draw = self._rng(REPLAY_STREAM, self.epoch)
+            labels = labels + [self.replay[k] for k in draw.permutation(len(self.replay))[: self.replayed]]
+            chosen = draw.permutation(len(self.replay_groups))[: self.replayed_groups]
+            groups = groups + [self.replay_groups[k] for k in chosen]
         rng = self._rng(ORDER_STREAM, self.epoch)
-        label_parts = np.array_split(rng.permutation(len(self.labels)), self.steps_per_epoch)
-        group_parts = np.array_split(rng.permutation(len(self.groups)), self.steps_per_epoch)
+        label_parts = np.array_split(rng.permutation(len(labels)), self.steps_per_epoch)
+        group_parts = np.array_split(rng.permutation(len(groups)), self.steps_per_epoch)
         return [
-            (
-                LabelBatch.collate([self.labels[k] for k in labels]) if len(labels) else None,
-                DirectionBatch.collate([self.groups[k] for k in groups]) if len(groups) else None,
-            )
-            for labels, groups in zip(label_parts, group_parts, strict=True)
+            ([labels[k] for k in label_part], [groups[k] for k in group_part])
+            for label_part, group_part in zip(label_parts, group_parts, strict=True)
         ]
 
-    def _train_step(self, labels: LabelBatch | None, groups: DirectionBatch | None) -> np.ndarray:
+    def _train_step(self, labels: list[LabelBatch], groups: list[DirectionBatch]) -> np.ndarray:
         recipe = self.recipe
         self.step += 1
         rate = self._learning_rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        terms = np.zeros(len(TERMS))
-        for part in (labels, groups):
-            if part is None:
-                continue
-            loss = _mean_loss(self.model, part, recipe)
-            loss.total().backward()
-            terms += [float(getattr(loss, name).detach()) for name in TERMS]
-        if labels is not None and recipe.restrain_every and self.step % recipe.restrain_every == 0:
-            generator = torch.Generator().manual_seed(int(self._rng(RESTRAINT_STREAM, self.step).integers(2**62)))
-            restraint_loss(self.model, make_probe(self.model, labels, generator)).backward()
-            if self.spin_orbit_bound > 0:
-                spin_orbit_loss(self.model, labels, self.spin_orbit_bound, generator).backward()
+        seed = None
+        if labels and recipe.restrain_every and self.step % recipe.restrain_every == 0:
+            seed = int(self._rng(RESTRAINT_STREAM, self.step).integers(2**62))
+        total, terms = self.loss(labels, groups, seed)
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
         memory = min(recipe.ema, (1.0 + self.step) / (10.0 + self.step))
@@ -282,16 +328,18 @@ class _Run:
         The score is the mean logarithm of each structure's loss, so that one strange structure does not choose.
         """
         model = self._model_with(self.average)
-        losses = [_mean_loss(model, part, self.recipe, create_graph=False) for part in self.valid]
-        values = np.array([[float(getattr(loss, name)) for name in TERMS] for loss in losses])
+        losses = [_mean_loss(model, part, self.recipe, create_graph=False) for part in self.processes.share(self.valid)]
+        parts = self.processes.gathered([[float(getattr(loss, name)) for name in TERMS] for loss in losses])
+        values = np.array([parts[k % len(parts)][k // len(parts)] for k in range(len(self.valid))])
         terms = values.mean(0)
         score = float(np.log1p(values.sum(1)).mean())
-        train_terms = dict(zip(TERMS, (self.terms / self.terms_steps).tolist(), strict=True))
+        trained = sum(self.processes.gathered(self.terms)) / self.terms_steps
+        train_terms = dict(zip(TERMS, trained.tolist(), strict=True))
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
         if score < self.best_score:
             self.best_epoch, self.best_score = self.epoch, score
             self.best = {name: value.clone() for name, value in self.average.items()}
-        errors = errors_of(self.valid_labels, predict(model, self.valid_labels)).to_dict()
+        errors = errors_of(self.valid_labels, self._predictions(model)).to_dict()
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -304,12 +352,26 @@ class _Run:
             "valid": errors,
         }
 
+    def _predictions(self, model: MagneticMACE) -> list[Prediction]:
+        """Predictions for the validation labels, each label or group by one process."""
+        labels = self.valid_labels
+        index = {id(label): k for k, label in enumerate(labels)}
+        units = [[k] for k, label in enumerate(labels) if label.anisotropy_group is None]
+        units += [[index[id(label)] for label in group] for group in groups_of(labels)]
+        mine = [k for unit in self.processes.share(units) for k in unit]
+        parts = self.processes.gathered(dict(zip(mine, predict(model, [labels[k] for k in mine]), strict=True)))
+        found = {k: prediction for part in parts for k, prediction in part.items()}
+        return [found[k] for k in range(len(labels))]
+
     def _model_with(self, weights: dict[str, torch.Tensor]) -> MagneticMACE:
         model = copy.deepcopy(self.model)
         model.load_state_dict({**model.state_dict(), **weights})
         return model.requires_grad_(False).eval()
 
     def _save(self, records: Sequence[dict[str, Any]]) -> None:
+        terms = sum(self.processes.gathered(self.terms))
+        if not self.processes.first:
+            return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
@@ -321,7 +383,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
-            "terms": self.terms.tolist(),
+            "terms": terms.tolist(),
             "terms_steps": self.terms_steps,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
@@ -344,7 +406,8 @@ class _Run:
         settings = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": settings})
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.terms, self.terms_steps = np.array(state["terms"]), state["terms_steps"]
+        self.terms = np.array(state["terms"]) if self.processes.first else np.zeros(len(TERMS))
+        self.terms_steps = state["terms_steps"]
         self.best_epoch = state["best_epoch"]
         self.best_score = math.inf if state["best_score"] is None else state["best_score"]
 
@@ -355,6 +418,51 @@ class _Run:
             return []
         records = [json.loads(line) for line in log.read_text().splitlines()]
         return [record for record in records if record["epoch"] <= self.epoch]
+
+
+class _StepLoss(torch.nn.Module):
+    """Loss of one step: this process's structures, weighed so that the mean over processes is that of the batch."""
+
+    def __init__(self, model: MagneticMACE, recipe: Recipe, spin_orbit_bound: float, processes: Processes) -> None:
+        super().__init__()
+        self.model, self.recipe, self.spin_orbit_bound, self.processes = model, recipe, spin_orbit_bound, processes
+
+    def forward(
+        self, labels: list[LabelBatch], groups: list[DirectionBatch], seed: int | None
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Loss to differentiate, and the terms of this process's labels.
+
+        `seed` draws the restraint of a step that has one.
+        """
+        total = 0.0 * self.model.one_body.weight.sum().double()
+        terms = np.zeros(len(TERMS))
+        mine = self.processes.share(labels)
+        parts: list[tuple[LabelBatch | DirectionBatch, float]] = []
+        if mine:
+            parts.append((LabelBatch.collate(mine), len(mine) / len(labels)))
+        my_groups = self.processes.share(groups)
+        if my_groups:
+            parts.append((DirectionBatch.collate(my_groups), len(my_groups) / len(groups)))
+        for part, share in parts:
+            loss = _mean_loss(self.model, part, self.recipe)
+            total = total + self.processes.count * share * loss.total()
+            terms += [share * float(getattr(loss, name).detach()) for name in TERMS]
+        if mine and seed is not None:
+            total = total + self.processes.count * len(mine) / len(labels) * self._restraint(labels, parts[0][0], seed)
+        return total, terms
+
+    def _restraint(self, labels: list[LabelBatch], mine: LabelBatch | DirectionBatch, seed: int) -> torch.Tensor:
+        """Restraint per structure of this process; random numbers are those of the whole batch."""
+        assert isinstance(mine, LabelBatch)
+        generator = torch.Generator().manual_seed(seed)
+        whole = mine if self.processes.count == 1 else LabelBatch.collate(labels)
+        probe: Probe = make_probe(self.model, whole, generator)
+        if self.processes.count > 1:
+            probe = part_of_probe(probe, self.processes.share(range(len(labels))))
+        loss = restraint_loss(self.model, probe)
+        if self.spin_orbit_bound > 0:
+            loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
+        return loss.double()
 
 
 def _mean_loss(
