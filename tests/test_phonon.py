@@ -17,6 +17,7 @@ from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.errors import ConvergenceError, MomentError, OptionError, OutputError, StructureError
+from mmace_props.journal import Journal
 from mmace_props.lattice import random_moments, read_setup
 from mmace_props.phonon import Phonon
 from mmace_props.protocol import with_moments
@@ -457,6 +458,34 @@ def test_dataset_and_picture_and_table(tmp_path):
     assert any("largest shift" in label for label in rows)
     save_figure(prop.plot(dataset), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10000
+
+
+class Stopping(CapableToy):
+    """A toy that is interrupted at one of its Hessians."""
+
+    asked, stop = 0, 0
+
+    def hessian(self, atoms, blocks=("rr", "rm", "mm"), rows=None):
+        Stopping.asked += 1
+        if Stopping.asked == Stopping.stop:
+            raise KeyboardInterrupt
+        whole = super().hessian(atoms, blocks)
+        return {k: v if rows is None else v[rows] for k, v in whole.items()}
+
+
+def test_interrupted_run_goes_on(tmp_path):
+    """Of three random states two were done when the run stopped: the next computes one, to the same result."""
+    journal = Journal(tmp_path / "parts", min_seconds=0.0)
+    calculator = toy(kind=Stopping)
+    prop = quick(paramagnetic=3, points=6, mesh=2)
+    Stopping.asked, Stopping.stop = 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        prop.run(bcc(), calculator, journal=journal)
+    Stopping.asked, Stopping.stop = 0, 0
+    again = prop.run(bcc(), calculator, journal=journal)
+    assert Stopping.asked == 1
+    whole = prop.run(bcc(), toy())
+    np.testing.assert_allclose(again["frequency"].values, whole["frequency"].values, atol=1e-9)
 
 
 FACTORY = "tests.toys:from_options"
