@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,6 +42,8 @@ STEPS_BETWEEN = 10
 TIME_STEP = 0.08
 """Step of the thermal motion of the spin model, in radian of the fastest precession."""
 DAMPING = 0.5
+ORDERED = 0.6
+"""A Binder cumulant above this at the highest temperature means that the order was never lost."""
 FIELDS = ("order", "susceptibility", "heat", "binder", "energy")
 MEASURED = {("Fe", 229): (1043.0, "bcc Fe"), ("Ni", 225): (627.0, "fcc Ni"), ("CrN", 225): (280.0, "CrN")}
 """Measured ordering temperatures in K by primitive formula and space group."""
@@ -155,7 +158,7 @@ class Curie(Property):
 
         runs: list[tuple[str, int, int]] = []
         tables: list[list[Statistics]] = []
-        rates: list[list[float]] = []
+        rates: list[list[list[float]]] = []
         for way in options.ways:
             for size in options.model_sizes if way == "model" else options.sizes:
                 found = []
@@ -170,7 +173,7 @@ class Curie(Property):
                         "cell": with_moments(cell, moments),
                         "way": way,
                         "size": size,
-                        "temperature": float(temperature),
+                        "temperature": [float(temperature), k],
                         "exchange": exchange["tensor"].values if way == "model" else 0,
                     }
                     part = calculator.part(
@@ -187,7 +190,7 @@ class Curie(Property):
                         for p, t in zip(found, temperatures, strict=True)
                     ]
                 )
-                rates.append([float(p["acceptance"]) for p in found])
+                rates.append([[float(p[k].mean()) for p in found] for k in ("acceptance", "length", "longest")])
                 count = int((np.linalg.norm(moments, axis=1) >= SMALLEST_MOMENT).sum())
                 runs.append((way, size, size**3 * count))
         return self._dataset(cell, moments, exchange, temperatures, runs, tables, rates)
@@ -222,13 +225,18 @@ class Curie(Property):
             cast(Measure, options.measure),
         )
         start = walk.slope.energy[0]
-        found = walk.run(int(np.ceil(BURN * options.trajectories)), options.trajectories, options.steps, tell)
+        with warnings.catch_warnings():
+            # how far the moments reach is recorded; a warning at every step of a walk would say it a hundred times
+            warnings.simplefilter("ignore", UserWarning)
+            found = walk.run(int(np.ceil(BURN * options.trajectories)), options.trajectories, options.steps, tell)
         signs = np.sign(repeated[box.magnetic] @ Pattern.of(moments).axis)
         total = np.linalg.norm(repeated[box.magnetic], axis=1).sum()
         return {
             "energy": found["energy"] - start,
             "order": np.einsum("i,sbix->sbx", signs, found["moments"]) / total,
             "acceptance": found["acceptance"],
+            "length": np.linalg.norm(found["moments"], axis=-1).mean(axis=-1),
+            "longest": np.linalg.norm(found["moments"], axis=-1).max(),
         }
 
     def _model(
@@ -255,7 +263,7 @@ class Curie(Property):
         temperatures: Array,
         runs: list[tuple[str, int, int]],
         tables: list[list[Statistics]],
-        rates: list[list[float]],
+        rates: list[list[list[float]]],
     ) -> xr.Dataset:
         lengths = np.linalg.norm(moments, axis=1)
         magnetic = lengths >= SMALLEST_MOMENT
@@ -287,11 +295,22 @@ class Curie(Property):
         data["correlation"] = variable(
             dims, np.array([[s.time for s in row] for row in tables]), "1", "autocorrelation time in samples"
         )
-        data["acceptance"] = variable(dims, np.array(rates), "1", "share of trajectories that were accepted")
+        for k, (key, units, text) in enumerate(
+            (
+                ("acceptance", "1", "share of trajectories that were accepted"),
+                ("length", "µB", "mean |m|"),
+                ("longest", "µB", "largest |m| of all samples"),
+            )
+        ):
+            data[key] = variable(dims, np.array([row[k] for row in rates]), units, text)
         by_peak, by_crossing = [], []
         for way in self.options.ways:
             mine = [k for k, (w, _, _) in enumerate(runs) if w == way]
             last = mine[-1]
+            if values["binder"][last][-1] > ORDERED:
+                by_peak.append((np.nan, np.nan))
+                by_crossing.append((np.nan, np.nan))
+                continue
             chi = (data["susceptibility"].values[last], data["susceptibility_error"].values[last])
             by_peak.append(with_error(lambda x: peak(temperatures, x), [chi]))
             curves = [(values["binder"][k], errors["binder"][k]) for k in mine[-2:]]
@@ -343,17 +362,23 @@ class Curie(Property):
                 value, error = float(dataset[key][k]), float(dataset[f"{key}_error"][k])
                 if key == "tc_binder" and len(sizes) < 2:
                     continue
-                text = f"{value:.0f} ± {error:.0f}" if np.isfinite(value) else "none in this range"
+                ordered = float(dataset["binder"].values[dataset["run_way"].values == way][-1, -1]) > ORDERED
+                nothing = (
+                    f"above {dataset['temperature'].values[-1]:g}, still ordered there" if ordered else "none seen"
+                )
+                text = f"{value:.0f} ± {error:.0f}" if np.isfinite(value) else nothing
                 used = f"{sizes[-1]}" if key == "tc_peak" else f"{sizes[-2]} and {sizes[-1]}"
                 rows.append(Row(f"{names[str(way)]}, {label}, {used} moments", text, "K"))
         if np.isfinite(float(dataset["tc_measured"])):
             rows.append(Row(f"measured, {dataset.attrs['measured']}", float(dataset["tc_measured"]), "K"))
         for run in range(dataset.sizes["run"]):
-            low, high = (float(x) for x in dataset["acceptance"].values[run][[0, -1]])
+            low, high = float(dataset["acceptance"][run].min()), float(dataset["acceptance"][run].max())
             label = f"{names[str(dataset['run_way'].values[run])]}, {dataset['run_atoms'].values[run]} moments"
             ends = "  ".join(f"{x:.2f}" for x in dataset["order"].values[run])
             rows.append(Row(f"M(T), {label}", ends))
             if np.isfinite(low):
+                lengths = "  ".join(f"{x:.2f}" for x in dataset["length"].values[run])
+                rows.append(Row(f"|m|(T), {label}", lengths, "µB"))
                 rows.append(Row(f"accepted, {label}", f"{low:.2f} to {high:.2f}"))
         return rows
 
@@ -460,4 +485,6 @@ def spirit_walk(
         "energy": np.array(energies)[:, None],
         "order": np.array(orders)[:, None],
         "acceptance": np.array(np.nan),
+        "length": np.array([np.nan]),
+        "longest": np.array(np.nan),
     }

@@ -174,13 +174,14 @@ class Walkers:
         return self.potential(state, slope)[0] + ((p**2).sum(axis=(1, 2)) + (v**2).sum(axis=(1, 2))) / 2
 
     def trajectory(self, steps: int) -> float:
-        """Move all walkers by one trajectory each; return the share that was accepted."""
+        """Move all walkers by one trajectory each; return the mean probability that it was accepted with."""
         step = self.step * (1 + JITTER * self.rng.uniform(-1, 1))
         p, v = self.momenta()
         before = self.total(self.state, self.slope, p, v)
         end, slope, p, v = self.leapfrog(self.state, self.slope, p, v, step, steps)
         change = self.total(end, slope, p, v) - before
-        accepted = np.log(self.rng.uniform(size=len(change))) < -np.where(np.isfinite(change), change, np.inf)
+        probability = np.exp(-np.maximum(np.where(np.isfinite(change), change, np.inf), 0.0))
+        accepted = self.rng.uniform(size=len(change)) < probability
         for mine, new in (
             (self.state.moments, end.moments),
             (self.state.positions, end.positions),
@@ -189,7 +190,7 @@ class Walkers:
             (self.slope.positions, slope.positions),
         ):
             mine[accepted] = new[accepted]
-        return float(accepted.mean())
+        return float(probability.mean())
 
     def run(
         self, burn: int, samples: int, steps: int, tell: Callable[[int, int], None] = lambda done, total: None
@@ -207,10 +208,15 @@ class Walkers:
         -------
         ``energy`` (S, B) in eV, ``moments`` (S, B, n, 3) in µB, and ``acceptance`` and ``step``, shape ().
         """
+        tried = []
         for k in range(burn):
             rate = self.trajectory(steps)
-            self.step = float(np.clip(self.step * np.exp(ADAPTATION * (rate - ACCEPTANCE)), 1e-4, 1.5))
+            change = ADAPTATION / np.sqrt(1 + k / 5) * (rate - ACCEPTANCE)
+            self.step = float(np.clip(self.step * np.exp(change), 1e-4, 1.5))
+            tried.append(self.step)
             tell(k + 1, burn + samples)
+        if burn:
+            self.step = float(np.exp(np.mean(np.log(tried[burn // 2 :]))))
         energies, moments, rates = [], [], []
         for k in range(samples):
             rates.append(self.trajectory(steps))

@@ -117,8 +117,8 @@ def test_harmonic_atoms_have_their_share():
     """½kT for every coordinate but the three of the centre."""
     home = lone(3).positions
     walk = walkers(lone(3), np.tile([0, 0, 1.0], (3, 1)), CapableToy(Tether(home, 2.0)), "lattice", walkers=4, seed=5)
-    found = walk.run(30, 300, 6)
-    agrees(found["energy"], 3 * KT, resolution=0.06)
+    found = walk.run(20, 160, 6)
+    agrees(found["energy"], 3 * KT, resolution=0.08)
     np.testing.assert_allclose(walk.state.positions.mean(axis=1), np.tile(home.mean(axis=0), (4, 1)), atol=1e-12)
 
 
