@@ -1,4 +1,4 @@
-"""`mmace train` and `mmace eval`."""
+"""`mmace train`, `mmace finetune` and `mmace eval`."""
 
 from __future__ import annotations
 
@@ -17,34 +17,44 @@ from .. import __version__
 from ..data import LabelledStructure, Splits, read_labels, read_splits
 from ..errors import MMACEError
 from ..files import whole_file
-from ..io import file_hash, load_model, model_files
+from ..io import file_hash, load_model, model_files, read_metadata
+from .distributed import Processes, process_group
 from .evaluate import predict, report, table
-from .loop import Outcome, train
+from .finetune import finetune_recipe, starting_model
+from .loop import Outcome, Start, train
 from .plot import plot_log
 from .recipe import Recipe, read_recipe
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
-    """Register `mmace train` and `mmace eval`."""
+    """Register `mmace train`, `mmace finetune` and `mmace eval`."""
     fit = subparsers.add_parser(
         "train",
         help="train a model or a committee on labels",
         description="Train on labels in extended XYZ. A stopped run goes on where it was, to the same numbers.",
     )
-    fit.add_argument("--train", nargs="+", required=True, metavar="FILE", help="labels to train on")
-    source = fit.add_mutually_exclusive_group(required=True)
-    source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
-    source.add_argument(
-        "--splits", nargs="+", metavar="FILE", help="JSON with the parents to train on, validate on and leave alone"
-    )
-    fit.add_argument("--out", required=True, metavar="DIR", help="folder for model, checkpoint and log")
+    _add_label_options(fit)
     fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
     fit.add_argument("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
     fit.add_argument("--members", type=int, default=1, help="train a committee, one model for each of so many seeds")
-    fit.add_argument("--bootstrap", action="store_true", help="draw the training parents with replacement")
-    fit.add_argument("--max-minutes", type=float, metavar="M", help="stop each model after so long; run again to go on")
-    _add_machine_options(fit)
     fit.set_defaults(run=_train)
+
+    tune = subparsers.add_parser(
+        "finetune",
+        help="train a model or a committee further on other labels",
+        description="Go on from trained weights, ten times slower; each member of a committee is a run of its own.",
+    )
+    tune.add_argument("--from", dest="model", default="default", metavar="MODEL", help="shipped name or file")
+    _add_label_options(tune)
+    tune.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: the model's own, ten times slower)")
+    tune.add_argument("--seed", type=int, default=0, help="of the order of labels (default %(default)s)")
+    tune.add_argument("--replay", nargs="+", metavar="FILE", default=[], help="labels that must not be forgotten")
+    tune.add_argument("--replay-splits", nargs="+", metavar="FILE", help="replay the training parents of these alone")
+    tune.add_argument(
+        "--replay-fraction", type=float, default=0.5, metavar="X", help="their share of an epoch (default %(default)s)"
+    )
+    tune.add_argument("--shift-energies", action="store_true", help="fit the atoms' energies to another zero of energy")
+    tune.set_defaults(run=_finetune)
 
     check = subparsers.add_parser(
         "eval",
@@ -59,6 +69,21 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     check.set_defaults(run=_evaluate)
 
 
+def _add_label_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help="labels to train on")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
+    source.add_argument(
+        "--splits", nargs="+", metavar="FILE", help="JSON with the parents to train on, validate on and leave alone"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for model, checkpoint and log")
+    parser.add_argument("--bootstrap", action="store_true", help="draw the training parents with replacement")
+    parser.add_argument(
+        "--max-minutes", type=float, metavar="M", help="stop each model after so long; run again to go on"
+    )
+    _add_machine_options(parser)
+
+
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -69,28 +94,73 @@ def _train(args: argparse.Namespace) -> int:
     if args.members < 1:
         raise MMACEError(f"--members is {args.members}: give at least 1.")
     recipe = read_recipe(args.recipe) if args.recipe else Recipe()
+    train_labels, valid_labels = _labels(args)
+    with process_group(args.device) as (processes, args.device):
+        runs = [(recipe, None)] * args.members
+        return _train_all(args, runs, train_labels, valid_labels, {}, processes)
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    _set_machine(args)
+    if not 0.0 <= args.replay_fraction < 1.0:
+        raise MMACEError(f"--replay-fraction is {args.replay_fraction}: give at least 0 and below 1.")
+    train_labels, valid_labels = _labels(args)
+    replay = read_labels(args.replay) if args.replay else []
+    if args.replay_splits:
+        replay = read_splits(args.replay_splits).select(replay, "train")
+    fraction = args.replay_fraction if replay else 0.0
+    runs: list[tuple[Recipe, Start | None]] = []
+    files = model_files(args.model)
+    for file in files:
+        model = starting_model(load_model(file), train_labels, args.shift_energies, replay)
+        recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(read_metadata(file))
+        runs.append((recipe, Start(model, replay, fraction)))
+    notes = {
+        "finetuned_from": json.dumps({file.name: file_hash(file) for file in files}),
+        "replay": json.dumps({Path(path).name: file_hash(path) for path in args.replay} | {"fraction": fraction}),
+    }
+    with process_group(args.device) as (processes, args.device):
+        return _train_all(args, runs, train_labels, valid_labels, notes, processes)
+
+
+def _labels(args: argparse.Namespace) -> tuple[list[LabelledStructure], list[LabelledStructure]]:
+    """Labels to train and to validate on."""
     labels = read_labels(args.train)
     if args.splits:
         splits = read_splits(args.splits)
-        train_labels, valid_labels = splits.select(labels, "train"), splits.select(labels, "valid")
-    else:
-        train_labels, valid_labels = labels, read_labels(args.valid)
-        Splits(
-            frozenset(x.parent for x in train_labels), frozenset(x.parent for x in valid_labels), frozenset()
-        )  # raises where a parent is in both
+        return splits.select(labels, "train"), splits.select(labels, "valid")
+    valid_labels = read_labels(args.valid)
+    Splits(
+        frozenset(x.parent for x in labels), frozenset(x.parent for x in valid_labels), frozenset()
+    )  # raises where a parent is in both
+    return labels, valid_labels
+
+
+def _train_all(
+    args: argparse.Namespace,
+    runs: Sequence[tuple[Recipe, Start | None]],
+    train_labels: Sequence[LabelledStructure],
+    valid_labels: Sequence[LabelledStructure],
+    more_notes: dict[str, str],
+    processes: Processes,
+) -> int:
+    """Train one model for each of `runs`, and list them as a committee if there are several."""
     out = _writable_folder(args.out)
-    console = Console()
+    console = Console(quiet=not processes.first)
     console.print(f"{len(train_labels)} labels to train on, {len(valid_labels)} to validate on.")
     notes = {
         "mmace_version": __version__,
-        "recipe": json.dumps(recipe.to_dict()),
         "labels": json.dumps({Path(path).name: file_hash(path) for path in [*args.train, *(args.valid or [])]}),
+        **more_notes,
     }
-    outcomes = []
-    for member in range(args.members):
-        folder = out if args.members == 1 else out / f"member-{member}"
-        outcome = _train_one(args, recipe, train_labels, valid_labels, folder, args.seed + member, notes, console)
-        outcomes.append(outcome)
+    for member, (recipe, start) in enumerate(runs):
+        folder = out if len(runs) == 1 else out / f"member-{member}"
+        notes["recipe"] = json.dumps(recipe.to_dict())
+        outcome = _train_one(
+            args, recipe, train_labels, valid_labels, folder, args.seed + member, notes, console, start
+        )
+        if not processes.first:
+            continue
         if (folder / "log.jsonl").stat().st_size:
             plot_log(folder / "log.jsonl", folder / "log.png")
         state = "finished" if outcome.finished else "stopped; the same command goes on"
@@ -98,10 +168,10 @@ def _train(args: argparse.Namespace) -> int:
             f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {recipe.epochs}, "
             f"best at {outcome.best_epoch}."
         )
-    if args.members > 1:
-        files = [f"member-{k}/model.safetensors" for k in range(args.members)]
+    if len(runs) > 1 and processes.first:
+        files = [f"member-{k}/model.safetensors" for k in range(len(runs))]
         _write_json(out / "committee.json", {"members": files})
-        console.print(f"{out / 'committee.json'}: {args.members} members.")
+        console.print(f"{out / 'committee.json'}: {len(runs)} members.")
     return 0
 
 
@@ -114,6 +184,7 @@ def _train_one(
     seed: int,
     notes: dict[str, str],
     console: Console,
+    start: Start | None,
 ) -> Outcome:
     columns = (
         TextColumn("seed {task.fields[seed]}"),
@@ -140,6 +211,7 @@ def _train_one(
             device=args.device,
             metadata=notes,
             report=show,
+            start=start,
         )
 
 

@@ -1,0 +1,283 @@
+"""Fine-tuning from trained weights, and training by several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+
+from mmace.cli import main
+from mmace.data import read_labels
+from mmace.derivatives import evaluate
+from mmace.errors import LabelError, UnknownElementError
+from mmace.graph import Graph
+from mmace.io import load_model, read_metadata, save_model
+from mmace.model import MagneticMACE, ModelConfig
+from mmace.training import Recipe, predict, train
+from mmace.training.batches import LabelBatch
+from mmace.training.distributed import Processes, part_of_probe
+from mmace.training.finetune import energy_shifts, finetune_recipe, shifted, starting_model
+from mmace.training.loop import Start
+from mmace.training.restraint import make_probe, restraint_loss
+
+CONFIG = ModelConfig(
+    elements=("Al", "Fe"),
+    moment_scale={"Al": 1.0, "Fe": 3.0},
+    carriers=("Fe",),
+    atomic_energies={"Al": -50.0, "Fe": -600.0},
+    avg_num_neighbors=6.0,
+    num_chebyshev=2,
+    channels=2,
+    max_ell=1,
+    correlation=2,
+    num_layers=1,
+    num_bessel=3,
+    radial_mlp=(4,),
+    cutoff=3.2,
+    readout_hidden=4,
+)
+RECIPE = Recipe(epochs=2, batch_size=3, groups_per_step=2, validate_every=1, warmup_steps=2, restrain_every=2)
+
+
+def random_model(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MagneticMACE(CONFIG).requires_grad_(False)
+
+
+def frames_of(model, symbols, count, parent, seed, soc=False):
+    """Labels of a random potential: two atoms, non-collinear; with `soc`, energies of four directions each."""
+    rng = np.random.default_rng(seed)
+    for k in range(count):
+        atoms = Atoms(symbols, scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.48]], cell=[2.8, 2.9, 3.0], pbc=True)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.03, 0.03, (3, 3))), scale_atoms=True)
+        size = np.where(atoms.numbers == 26, 1.8, 0.0)
+        for d in range(4 if soc else 1):
+            axis = rng.normal(size=3)
+            frame = atoms.copy()
+            frame.set_initial_magnetic_moments(np.outer(size, axis / np.linalg.norm(axis)))
+            graph = Graph.from_atoms(frame, model.elements, model.config.cutoff, soc=float(soc))
+            result = evaluate(model, graph, forces=True, stress=True, magnetic_forces=True)
+            frame.info.update({"soc": int(soc), "parent": parent, "name": f"{parent}-{k}-{d}"})
+            if soc:
+                frame.info["anisotropy_group"] = f"{parent}-group-{k}"
+                frame.calc = SinglePointCalculator(frame, energy=float(result.energy))
+            else:
+                frame.calc = SinglePointCalculator(
+                    frame,
+                    energy=float(result.energy),
+                    forces=result.forces.numpy(),
+                    stress=result.stress[0].numpy(),
+                )
+                frame.arrays["magnetic_forces"] = result.magnetic_forces.numpy()
+            yield frame
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    teacher = random_model(1)
+    parts = {
+        "old": [*frames_of(teacher, "FeFe", 5, "old", 0), *frames_of(teacher, "FeFe", 2, "old", 1, soc=True)],
+        "train": [*frames_of(teacher, "FeAl", 5, "new", 2), *frames_of(teacher, "FeAl", 3, "new", 3, soc=True)],
+        "valid": [*frames_of(teacher, "FeAl", 3, "val", 4), *frames_of(teacher, "FeAl", 1, "val", 5, soc=True)],
+    }
+    for name, frames in parts.items():
+        write(folder / f"{name}.extxyz", frames)
+    save_model(random_model(2), folder / "start.safetensors", {"recipe": json.dumps(Recipe(clip=50.0).to_dict())})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labels(files):
+    return {part: read_labels(files / f"{part}.extxyz") for part in ("old", "train", "valid")}
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# Fine-tuning
+
+
+def test_recipe_is_ten_times_slower(files):
+    recipe = finetune_recipe(read_metadata(files / "start.safetensors"))
+    assert recipe.learning_rate == Recipe().learning_rate / 10
+    assert recipe.final_learning_rate == Recipe().final_learning_rate / 10
+    assert recipe.clip == 5.0
+    assert recipe.patience < Recipe().patience
+    assert finetune_recipe({}).clip == Recipe().clip / 10
+
+
+def test_start_from_weights_and_exact_resume(labels, tmp_path):
+    model = random_model(2)
+    before = weights_of(model)
+    start = Start(model, labels["old"], 0.5)
+    still = replace(RECIPE, learning_rate=1e-12, final_learning_rate=1e-12, epochs=1)
+    outcome = train(labels["train"], labels["valid"], still, tmp_path / "still", start=start)
+    moved = weights_of(outcome.model)
+    assert all(torch.allclose(moved[k], before[k], atol=1e-9) for k in before)
+    whole = train(labels["train"], labels["valid"], RECIPE, tmp_path / "whole", start=start)
+    train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=start, stop_after=1)
+    parts = train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=start)
+    assert same(weights_of(whole.model), weights_of(parts.model))
+    assert not same(weights_of(whole.model), before)
+    assert same(weights_of(model), before)
+    with pytest.raises(ValueError, match="other labels, recipe or seed"):
+        train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=Start(random_model(3)))
+    with pytest.raises(ValueError, match="other labels, recipe or seed"):
+        train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=Start(model))
+
+
+def test_replay_has_its_share_and_changes_from_epoch_to_epoch(labels, tmp_path):
+    from mmace.training.loop import _Run
+
+    def run_of(fraction):
+        start = Start(random_model(2), labels["old"], fraction)
+        folder = tmp_path / str(fraction)
+        folder.mkdir()
+        device = torch.device("cpu")
+        return _Run(labels["train"], labels["valid"], RECIPE, folder, 0, False, device, {}, start)
+
+    run = run_of(0.25)  # 5 labels and 3 groups are new: a third as many, 5 : 2, are old
+    assert (run.replayed, run.replayed_groups) == (2, 1)
+    seen = []
+    for run.epoch in range(4):
+        batches = run._epoch_batches()
+        drawn = [label for part, _ in batches for label in part]
+        assert sum(any(label is x for x in run.labels) for label in drawn) == 5
+        seen.append(tuple(k for k, x in enumerate(run.replay) if any(label is x for label in drawn)))
+        assert len(seen[-1]) == 2
+    assert len(set(seen)) > 1
+    assert run_of(0.0)._replay_counts() == (0, 0)
+
+
+def test_labels_a_model_cannot_learn_are_refused(labels):
+    model = random_model(2)
+    nickel = replace(labels["train"][0], symbols=("Ni", "Al"))
+    with pytest.raises(UnknownElementError, match="Ni"):
+        starting_model(model, [nickel], False, [])
+    long = replace(labels["train"][0], moments=2.0 * labels["train"][0].moments)
+    with pytest.raises(LabelError, match="µB on Fe"):
+        starting_model(model, [long], False, [])
+    with pytest.raises(LabelError, match="only one of the two"):
+        starting_model(model, labels["train"], True, labels["old"])
+    without = MagneticMACE(replace(CONFIG, spin_orbit=False)).requires_grad_(False)
+    with pytest.raises(LabelError, match="spin-orbit"):
+        starting_model(without, labels["train"], True, [])
+
+
+def test_another_zero_of_energy_is_seen_and_fitted(labels):
+    teacher = random_model(1)
+    single = [x for x in [*labels["old"], *labels["train"]] if not x.soc]
+    offset = {"Fe": 7.0, "Al": -3.0}
+    moved = [replace(x, energy=x.energy + sum(offset[s] for s in x.symbols)) for x in single]
+    shifts, _ = energy_shifts(teacher, moved)
+    assert shifts == {z: pytest.approx(offset[z], abs=1e-4) for z in offset}
+    predicted = predict(shifted(teacher, shifts), moved)
+    assert [p.energy for p in predicted] == pytest.approx([x.energy for x in moved], abs=1e-3)
+    with pytest.raises(LabelError, match="--shift-energies"):
+        starting_model(teacher, moved, False, [])
+    assert starting_model(teacher, single, False, []) is teacher
+    iron = [x for x in moved if "Al" not in x.symbols]
+    assert energy_shifts(teacher, iron)[0]["Al"] == 0.0
+
+
+def test_command_line_tunes_every_member(files, tmp_path, capsys):
+    save_model(random_model(3), tmp_path / "b.safetensors", {})
+    members = [str(files / "start.safetensors"), str(tmp_path / "b.safetensors")]
+    (tmp_path / "committee.json").write_text(json.dumps({"members": members}))
+    (tmp_path / "recipe.json").write_text(json.dumps(replace(RECIPE, epochs=1).to_dict()))
+    new = [
+        "--train",
+        str(files / "train.extxyz"),
+        "--valid",
+        str(files / "valid.extxyz"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = ["finetune", "--from", str(tmp_path / "committee.json"), *new, "--recipe", str(tmp_path / "recipe.json")]
+    replay = ["--replay", str(files / "old.extxyz"), "--replay-fraction", "0.5"]
+    assert main([*command, "--replay-fraction", "1.0"]) == 2
+    assert "--replay-fraction" in capsys.readouterr().err
+    assert main([*command, *replay, "--shift-energies"]) == 2
+    assert "only one of the two" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*command, *replay]) == 0
+    notes = read_metadata(tmp_path / "run" / "member-1" / "model.safetensors")
+    assert json.loads(notes["finetuned_from"]).keys() == {"start.safetensors", "b.safetensors"}
+    assert json.loads(notes["replay"])["fraction"] == 0.5
+    assert json.loads((tmp_path / "run" / "committee.json").read_text())["members"][1].startswith("member-1")
+
+
+# Several processes
+
+
+def test_a_part_of_a_probe_is_the_probe_of_the_part(labels):
+    model = random_model(2)
+    singles = [LabelBatch.of(x, model, RECIPE.tolerances) for x in [*labels["train"], *labels["old"]] if not x.soc]
+    probe = make_probe(model, LabelBatch.collate(singles), torch.Generator().manual_seed(4))
+    shares = [Processes(rank, 3).share(range(len(singles))) for rank in range(3)]
+    assert sorted(k for share in shares for k in share) == list(range(len(singles)))
+    parts = [part_of_probe(probe, share) for share in shares]
+    sizes = [len(share) for share in shares]
+    losses = [float(restraint_loss(model, part)) * size for part, size in zip(parts, sizes, strict=True)]
+    whole = float(restraint_loss(model, probe)) * len(singles)
+    assert whole > 0.0
+    assert sum(losses) == pytest.approx(whole, rel=1e-10)
+
+
+def run_processes(count, files, out, recipe):
+    command = [
+        "train",
+        "--train",
+        str(files / "train.extxyz"),
+        "--valid",
+        str(files / "valid.extxyz"),
+        "--out",
+        str(out),
+    ]
+    code = "import sys; from mmace.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = out.parent / "run.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    done = subprocess.run(
+        [*launch, str(script), *command, "--recipe", str(recipe), "--threads", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return records, load_model(out / "model.safetensors")
+
+
+def test_two_processes_follow_the_curve_of_one(files, labels, tmp_path):
+    settings = {k: v for k, v in vars(CONFIG).items() if k in ("channels", "max_ell", "correlation", "num_layers")}
+    small = {**settings, "num_bessel": 3, "radial_mlp": (4,), "cutoff": 3.2, "readout_hidden": 4, "num_chebyshev": 2}
+    recipe = replace(RECIPE, model=small, epochs=3)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    one = train(labels["train"], labels["valid"], recipe, tmp_path / "one")
+    records = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    both, model = run_processes(2, files, tmp_path / "two", tmp_path / "recipe.json")
+    assert len(both) == len(records) == 3
+    for ours, theirs in zip(records, both, strict=True):
+        for key in ("train_loss", "valid_loss"):
+            assert theirs[key] == {name: pytest.approx(value, rel=1e-8, abs=1e-12) for name, value in ours[key].items()}
+        assert theirs["valid_score"] == pytest.approx(ours["valid_score"], rel=1e-8)
+    first, second = weights_of(one.model), weights_of(model)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], rtol=1e-7, atol=1e-10), name
