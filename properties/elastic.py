@@ -383,7 +383,7 @@ class Elastic(Property):
             ),
         }
         if self.options.finite_strain:
-            strained = self._finite_strain(atoms, calculator, stress, group, levels, progress)
+            strained = self.compare_strains(atoms, calculator, stress, group, levels, progress)
             data["C_finite_strain"] = variable(
                 ("level", "strain", "strain_2"), strained, "GPa", "Lagrangian constants from stresses at finite strain"
             )
@@ -422,7 +422,7 @@ class Elastic(Property):
         )
         return relax_structure(atoms, calculator, mode, freedom, lambda d, t: progress("relax", d, t)).atoms
 
-    def _finite_strain(
+    def compare_strains(
         self,
         atoms: Atoms,
         calculator: SpinCalculator,
