@@ -86,7 +86,7 @@ def spirals(model: str) -> Case:
 
 def exchange_tensors(model: str) -> Case:
     """All J tensors of B2 FeAl within 5.6 Å, three axes: rows of the Hessian, or four states (1 of 189, times 189)."""
-    calculator = MMACECalculator(model)
+    calculator = MMACECalculator(model, committee=False)
     atoms = strained_feal().repeat((4, 4, 4))
     moment, angle = 0.8, 0.01
     iron = np.flatnonzero(atoms.numbers == 26)
