@@ -21,6 +21,12 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
+from mmace_props.base import silent
+from mmace_props.conventions import GPA
+from mmace_props.elastic import Elastic, expand, lagrangian
+from mmace_props.lattice import Lattice, Method, Response, unit_index
+from mmace_props.protocol import MomentMode, SpinCalculator, with_moments
+from mmace_props.symmetry import site_symmetry
 from scipy.integrate import lebedev_rule
 from scipy.spatial.transform import Rotation
 
@@ -121,13 +127,57 @@ def exchange_tensors(model: str) -> Case:
     return hessian, four_states, 3.0 * (len(iron) - 1)
 
 
+def force_constants(model: str) -> Case:
+    """Force constants of bcc Fe, 27 atoms, |m| following: rows of the Hessian of one atom, or a displaced supercell."""
+    calculator = SpinCalculator(MMACECalculator(model, soc=False, committee=False))
+    atoms = bulk("Fe", a=2.83)
+    start = with_moments(atoms, [[0, 0, 2.2]])
+    moments = calculator.relax_moments([start], "magnitudes")[0]
+    lattice = Lattice(atoms, np.diag([3, 3, 3]), np.eye(3), 1e-5, distance=2e-3)
+
+    def way(method: Method) -> Callable[[], np.ndarray]:
+        def constants() -> np.ndarray:
+            phonon = lattice.displaced(moments, soc=False)
+            response = Response(calculator, "magnitudes", method, lambda done, total: None)
+            return response.forces(phonon, moments[unit_index(phonon)]).ravel() / lattice.distance
+
+        return constants
+
+    return way("hessian"), way("displacements"), 1.0
+
+
+def elastic_constants(model: str) -> Case:
+    """Elastic constants of strained FeAl, ions and |m| following: second derivatives, or 24 strained crystals."""
+    calculator = SpinCalculator(MMACECalculator(model, soc=False, committee=False))
+    start = with_moments(strained_feal(), [[0, 0, 0.8], [0, 0, 0]])
+    moments = calculator.relax_moments([start], "magnitudes")[0]
+    state = with_moments(start, moments)
+    group = site_symmetry(state, moments, False, 1e-3, 1e-2)
+    xx, yy, zz, yz, xz, xy = calculator.stress(state, moments)
+    stress = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+
+    def derivatives() -> np.ndarray:
+        second = expand(state, calculator, "magnitudes", ions=True).followed()[0]
+        return lagrangian(second / state.get_volume(), stress).ravel()
+
+    def strains() -> np.ndarray:
+        level: dict[str, tuple[MomentMode, bool]] = {"relaxed": ("magnitudes", True)}
+        prop = Elastic(relax="none")
+        found = prop.compare_strains(state, calculator, stress * GPA, group, level, silent)
+        return found.ravel() / GPA
+
+    return derivatives, strains, 1.0
+
+
 CASES: dict[str, Callable[[str], Case]] = {
     "anisotropy_map": anisotropy_map,
     "spirals": spirals,
     "exchange_tensors": exchange_tensors,
+    "force_constants": force_constants,
+    "elastic_constants": elastic_constants,
 }
-TOLERANCE = {"exchange_tensors": 1e-6}
-"""Largest difference in eV where the plain way has an error of its own; 1e-9 for the others."""
+TOLERANCE = {"exchange_tensors": 1e-6, "force_constants": 2e-3, "elastic_constants": 1e-5}
+"""Largest difference in eV, eV/Å² or eV/Å³ where the plain way has an error of its own; 1e-9 for the others."""
 
 
 def run_case(name: str, model: str, way: int) -> dict[str, object]:
