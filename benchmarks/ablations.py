@@ -5,8 +5,8 @@ with the system's recipe and prints the errors on the test parents as a table. E
 stopped.
 
 Without exact spin rotation, labels without spin-orbit coupling are trained at λ = 1 with their moments turned at
-random, `TURNS` copies of each and as many epochs fewer, so that the model has to learn that nothing depends on the turn;
-it is tested on copies turned in other ways.
+random, `TURNS` copies of each and as many epochs fewer, so that the model has to learn that nothing depends on the
+turn; it is tested on copies turned in other ways.
 """
 
 from __future__ import annotations
