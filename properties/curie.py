@@ -73,7 +73,7 @@ class CurieOptions(Options):
     """
 
     ways: tuple[str, ...] = option(
-        ("model", "directions", "moments"), "what is sampled beside mean field and RPA; lattice moves atoms too", WAYS
+        ("directions", "moments"), "what is sampled beside mean field and RPA; model needs Spirit", WAYS
     )
     temperatures: tuple[float, ...] = option((), "temperatures in K; by default parts of the mean-field one")
     sizes: tuple[int, ...] = option((2,), "repeats of the primitive cell where the potential is sampled")
