@@ -225,7 +225,7 @@ def test_refusals(monkeypatch):
         Curie(ways=("directions",)).run(cubic(), Toy(Heisenberg(J, 2.5), gives=("energy",)))
     monkeypatch.setattr(curie, "spirit_is_installed", lambda: False)
     with pytest.raises(CalculatorError, match="install it"):
-        Curie().run(cubic(), toy())
+        Curie(ways=("model",)).run(cubic(), toy())
     for bad in ({"ways": ("magic",)}, {"temperatures": (300.0, 200.0)}, {"sizes": (3, 2)}, {"measure": "area"}):
         with pytest.raises(OptionError):
             Curie(**bad)
