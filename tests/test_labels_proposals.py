@@ -101,6 +101,20 @@ def labelled(candidate):
     return atoms
 
 
+def test_window_leaves_out_high_energies():
+    members = [model(), model(0.1)]
+    _, wide = propose(FRAMES, TRAIN, members, RECIPE, "all", 1000, candidates=96, per_parent=1000)
+    by_formula = {}
+    for c in wide:
+        by_formula.setdefault(c.atoms.get_chemical_formula("hill", empirical=True), []).append(c.energy)
+    window = 0.5 * max(max(energies) - min(energies) for energies in by_formula.values())
+    _, near = propose(FRAMES, TRAIN, members, RECIPE, "all", 1000, candidates=96, per_parent=1000, window=window)
+    lowest = {formula: min(energies) for formula, energies in by_formula.items()}
+    above = [c.energy - lowest[c.atoms.get_chemical_formula("hill", empirical=True)] for c in near]
+    assert 0 < len(near) < len(wide)
+    assert max(above) <= window + 1e-9
+
+
 def test_the_seed_decides():
     members = [model(), model(0.1)]
     plans = [propose(FRAMES, TRAIN, members, RECIPE, "next", 6, 32, seed=seed)[0] for seed in (1, 1, 2)]

@@ -51,6 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     propose.add_argument("--candidates", type=int, default=400, help="structures to choose from (default %(default)s)")
     propose.add_argument("--per-parent", type=int, default=3, help="most proposals from one parent (%(default)s)")
     propose.add_argument("--max-atoms", type=int, default=8, help="largest structure (default %(default)s)")
+    propose.add_argument(
+        "--window", type=float, default=1.0, metavar="EV", help="largest energy above the lowest, eV/atom (%(default)s)"
+    )
     propose.add_argument("--seed", type=int, default=0, help="of the random candidates (default %(default)s)")
     propose.add_argument("--threads", type=int, default=1, help="CPU threads; more seldom help (default %(default)s)")
     propose.add_argument("--report", help="JSON file for what was chosen and why")
@@ -135,6 +138,8 @@ def _propose(args: argparse.Namespace) -> int:
     for name in ("count", "candidates", "per_parent", "max_atoms", "threads"):
         if getattr(args, name) < 1:
             raise LabelError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    if args.window <= 0:
+        raise LabelError(f"--window is {args.window:g}; it must be positive")
     torch.set_num_threads(args.threads)
     splits = read_splits(args.splits)
     frames = [atoms for path in args.labels for atoms in read_labels(path)]
@@ -151,6 +156,7 @@ def _propose(args: argparse.Namespace) -> int:
             args.candidates,
             args.per_parent,
             args.max_atoms,
+            args.window,
             args.seed,
             lambda done, total: progress.update(bar, completed=done, total=total),
         )

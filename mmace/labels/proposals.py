@@ -32,7 +32,6 @@ LARGEST_STRAIN = 0.06
 LARGEST_VOLUME_CHANGE = 0.12
 LARGEST_DISPLACEMENT = 0.15  # Å
 CLOSEST = 0.7  # of the sum of covalent radii
-ENERGY_WINDOW = 1.0  # eV/atom above the lowest candidate of the same composition
 SAME = 0.02  # relative distance of fingerprints of two states that are too alike
 WALK_STEPS = 20
 WALK_TEMPERATURE = 800.0  # K
@@ -85,6 +84,7 @@ def propose(
     candidates: int = 400,
     per_parent: int = 3,
     max_atoms: int = 8,
+    window: float = 1.0,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Plan, list[Candidate]]:
@@ -110,6 +110,8 @@ def propose(
         Largest number of proposals from one parent.
     max_atoms : int
         Larger structures are left out.
+    window : float
+        Largest energy above the lowest candidate of the same composition, eV/atom.
     seed : int
     progress : callable
         Called with the number of candidates done and their total.
@@ -143,7 +145,7 @@ def propose(
         chunk = _walked(drawn[start : start + GRAPHS_AT_ONCE], models, longest, rng)
         rated += _rated([c for c in chunk if _is_sound(c.atoms)], models)
         progress(min(start + GRAPHS_AT_ONCE, len(drawn)), len(drawn))
-    chosen = _choose(rated, [atoms for atoms in known if len(atoms) <= max_atoms], count, per_parent)
+    chosen = _choose(rated, [atoms for atoms in known if len(atoms) <= max_atoms], count, per_parent, window)
     jobs = tuple(_job(candidate, f"{name}-{number}") for number, candidate in enumerate(chosen))
     return Plan(name, recipe, jobs), chosen
 
@@ -270,7 +272,9 @@ def _rated(candidates: Sequence[Candidate], models: Sequence[MagneticMACE]) -> l
     ]
 
 
-def _choose(rated: Sequence[Candidate], known: Sequence[Atoms], count: int, per_parent: int) -> list[Candidate]:
+def _choose(
+    rated: Sequence[Candidate], known: Sequence[Atoms], count: int, per_parent: int, window: float
+) -> list[Candidate]:
     """The candidates of largest disagreement, within the energy window, none like another or like a label at hand."""
     lowest: dict[str, float] = {}
     for candidate in rated:
@@ -281,7 +285,7 @@ def _choose(rated: Sequence[Candidate], known: Sequence[Atoms], count: int, per_
     chosen: list[Candidate] = []
     for candidate in sorted(rated, key=lambda c: -c.score):
         formula = candidate.atoms.get_chemical_formula("hill", empirical=True)
-        if candidate.energy > lowest[formula] + ENERGY_WINDOW or taken.get(candidate.parent, 0) >= per_parent:
+        if candidate.energy > lowest[formula] + window or taken.get(candidate.parent, 0) >= per_parent:
             continue
         mark = fingerprint(candidate.atoms)
         if any(_alike(mark, other) for other in prints):
