@@ -227,7 +227,7 @@ def test_gate_takes_good_results_and_says_why_not() -> None:
     pair = make_job("pair", "p", "train", bulk("Fe", "bcc", 2.83, cubic=True), np.array([2.2, 2.2]))
     result = good_result(moments=[(0, 0, 2.2)] * 2, magnetic_forces=[(0, 0, 0.01), (0, 0, 0.014)])
     assert judge(pair, result, ("Fe",)) is None
-    result["magnetic_forces"][1] = (0, 0, 0.016)
+    result["magnetic_forces"][1] = (0, 0, 0.0301)
     assert judge(pair, result, ("Fe",)) == "asymmetry"
     collapsed = {"converged": True, "soc_energies": [0.0, 0.0], "moments": [0.01, 0.0]}
     assert judge(job, collapsed, ("Fe",)) == "collapsed"

@@ -19,7 +19,7 @@ from .run import read_result
 
 MOMENT_TOLERANCE = 2e-3
 COLLAPSED_MOMENT = 0.1
-SPREAD_TOLERANCE = 5e-3
+SPREAD_TOLERANCE = 2e-2
 DUPLICATE_TOLERANCE = 1e-5
 DUPLICATE_ENERGY = 1e-4
 _RANGE = 5.0
@@ -55,7 +55,7 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
     -------
     str or None
         `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), `asymmetry`
-        (equivalent atoms differ in their magnetic forces by more than 5 meV/µB: the SCF settled beside the symmetry),
+        (equivalent atoms differ in their magnetic forces by more than 20 meV/µB: the SCF settled beside the symmetry),
         `collapsed` (an anisotropy job whose moments vanished), or None.
     """
     if "failed" in result:
@@ -83,15 +83,20 @@ def gradient_spread(job: Job, result: dict[str, Any], carriers: Sequence[str]) -
     float
         eV/µB; zero for non-collinear jobs, whose symmetries are not looked for.
     """
+    gradients = np.array(result["magnetic_forces"])[:, 2]
+    return float(max((np.ptp(gradients[members]) for members in _equivalent(job, carriers)), default=0.0))
+
+
+def _equivalent(job: Job, carriers: Sequence[str]) -> list[np.ndarray]:
+    """Masks of the carriers that symmetries of a collinear job map on each other; none for a non-collinear one."""
     moments = np.array(job.moments)
     if np.any(moments[:, :2]):
-        return 0.0
+        return []
     atoms = job.atoms()
     kinds = [1000 * number + round(100 * moment) for number, moment in zip(atoms.numbers, moments[:, 2], strict=True)]
     classes = get_symmetry_dataset((atoms.cell.array, atoms.get_scaled_positions(), kinds), 1e-4).equivalent_atoms
-    gradients = np.array(result["magnetic_forces"])[:, 2]
     held = np.isin(job.symbols, carriers)
-    return float(max(np.ptp(gradients[(classes == k) & held]) for k in np.unique(classes[held])))
+    return [(classes == k) & held for k in np.unique(classes[held])]
 
 
 def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
@@ -137,7 +142,8 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
     """Frames of one accepted result: one, or one for each direction of an anisotropy job.
 
     Non-collinear frames carry no forces and no stress: ABINIT's are wrong there (docs/labels.md). The setting
-    `stress` leaves out a stress whose cut-off is too low.
+    `stress` leaves out a stress whose cut-off is too low. Equivalent atoms get the mean of their magnetic forces: the
+    spheres are integrated on a grid, on whose points atoms lie or do not.
     """
     info = {"parent": job.parent, "code": result["code"], "recipe": plan.recipe.name}
     held = np.isin(job.symbols, plan.recipe.carriers)
@@ -149,6 +155,8 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
         if held.any():
             moments[held] = np.array(result["moments"])[held]
             gradients[held] = np.array(result["magnetic_forces"])[held]
+            for members in _equivalent(job, plan.recipe.carriers):
+                gradients[members] = gradients[members].mean(0)
         results = {"energy": result["energy"]}
         if settings["noncollinear"]:
             _keep_parallel(atoms, moments, gradients)
