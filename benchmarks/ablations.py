@@ -1,7 +1,7 @@
 """What each idea of the potential buys: the same labels and budget, one thing changed at a time.
 
 `python benchmarks/ablations.py FeAl [--epochs N] [--work FOLDER] [-o results.json]` trains one model for each variant
-with the system's recipe and prints the errors on the test parents as a table. Each run is resumed where it was
+with the default model's recipe and prints the errors on the test parents as a table. Each run is resumed where it was
 stopped.
 
 Without exact spin rotation, labels without spin-orbit coupling are trained at λ = 1 with their moments turned at
@@ -155,7 +155,7 @@ def main() -> None:
     folder = HERE / args.system
     labels = read_labels(sorted((folder / "data").glob("*.extxyz")))
     splits = read_splits(folder / "splits.json")
-    recipe = replace(Recipe.from_dict(json.loads((folder / "recipe.json").read_text())), epochs=args.epochs)
+    recipe = replace(Recipe.from_dict(json.loads((HERE / "recipe.json").read_text())), epochs=args.epochs)
     console, rows = Console(stderr=True), []
     for number, variant in enumerate(VARIANTS):
         console.print(f"{number + 1}/{len(VARIANTS)} {variant.name}")

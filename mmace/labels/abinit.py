@@ -27,6 +27,7 @@ from .plan import Job
 
 PAW_VARIABLE = "MMACE_PAW"
 OUTPUT = "job.abo"
+SPHERES = "Integrated electronic and magnetization densities in atomic spheres"
 
 
 def find_program(command: str = "abinit") -> str:
@@ -170,7 +171,7 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     settings : dict
         `noncollinear` (bool), `ecut`, `pawecutdg`, `ecutsm`, `tsmear` (Hartree), `occopt`, `k_spacing` (1/Å),
         `tolvrs`, `nstep`, `magcon_lambda`, `ratsph` (Bohr) and `valence` (electrons), one for each element, `ratsm`
-        (Bohr); optional `kmesh`.
+        (Bohr); optional `kmesh`, and `constrained` (bool, true), without which the moments only start at their targets.
     carriers : sequence of str
         Elements under the constraint.
     datasets : path
@@ -185,8 +186,8 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     noncollinear = bool(settings["noncollinear"])
     if not noncollinear and np.any(moments[:, :2]):
         raise LabelError(f"job {job.name!r}: moments off the z axis need a non-collinear recipe")
-    constrained = [element in carriers for element in elements]
-    if not any(constrained):
+    magnetic = [element in carriers for element in elements]
+    if not any(magnetic):
         spin = "nsppol 1 nspden 1"
     elif noncollinear:
         spin = "nspinor 2 nspden 4 nsppol 1 kptopt 4 pawspnorb 0"
@@ -209,13 +210,18 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
         "chkprim 0 chksymtnons 0",
         spin,
     ]
-    if any(constrained):
+    if any(magnetic):
         lines += [
             "spinat\n  " + block(moments),
-            "constraint_kind " + " ".join("1" if held else "0" for held in constrained),
-            f"magcon_lambda {settings['magcon_lambda']} ratsm {settings['ratsm']}",
-            "ratsph " + " ".join(str(settings["ratsph"][element]) for element in elements),
+            f"ratsm {settings['ratsm']} ratsph " + " ".join(str(settings["ratsph"][element]) for element in elements),
         ]
+        if settings.get("constrained", True):
+            lines += [
+                "constraint_kind " + " ".join("1" if held else "0" for held in magnetic),
+                f"magcon_lambda {settings['magcon_lambda']}",
+            ]
+        else:
+            lines += ["prtdensph 1"]
     lines += [
         f"ecut {settings['ecut']} pawecutdg {settings['pawecutdg']} ecutsm {settings['ecutsm']}",
         f"nband {band_count(job, settings, carriers)} occopt {settings['occopt']} tsmear {settings['tsmear']}",
@@ -239,8 +245,8 @@ def parse_output(text: str, n: int) -> dict[str, Any]:
     -------
     dict
         `converged` (bool), `scf_steps` (int), `code` (str), `energy` (free energy, eV), `forces` (n, 3) eV/Å,
-        `stress` (6,) eV/Å³ in ASE's sign and order, and under a constraint `moments` (n, 3) µB reached in the
-        spheres and `magnetic_forces` (n, 3) eV/µB.
+        `stress` (6,) eV/Å³ in ASE's sign and order, with spin `moments` (n, 3) µB in the spheres, and under a
+        constraint `magnetic_forces` (n, 3) eV/µB.
 
     Raises
     ------
@@ -261,15 +267,16 @@ def parse_output(text: str, n: int) -> dict[str, Any]:
     }
     stress = _table(tail, "strten", 1, 6)[0] * (Hartree / Bohr**3)
     result["stress"] = stress.tolist()
-    if re.search(r"^\s+grspin\s", tail, re.M):
+    if SPHERES in text:
         result["moments"] = _sphere_moments(text, n).tolist()
+    if re.search(r"^\s+grspin\s", tail, re.M):
         result["magnetic_forces"] = (-_table(tail, "grspin", n, 3) * Hartree).tolist()
     return result
 
 
 def _sphere_moments(text: str, n: int) -> np.ndarray:
-    """Moments (n, 3) in the constraint's spheres, µB, from the table that ABINIT prints after the SCF."""
-    table = text[text.rfind("Integrated electronic and magnetization densities in atomic spheres") :]
+    """Moments (n, 3) in the spheres, µB, from the table that ABINIT prints after the SCF."""
+    table = text[text.rfind(SPHERES) :]
     moments = np.zeros((n, 3))
     noncollinear = "mag(x)" in table[: table.find("Gradient")]
     for atom in range(n):

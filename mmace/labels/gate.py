@@ -66,7 +66,7 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
     if "soc_energies" in result:
         if np.abs(np.array(result["moments"])[held]).max() < COLLAPSED_MOMENT:
             return "collapsed"
-    elif held.any():
+    elif "magnetic_forces" in result and held.any():
         reached = np.array(result["moments"])[held]
         if np.abs(reached - np.array(job.moments)[held]).max() > MOMENT_TOLERANCE:
             return "moment"
@@ -154,6 +154,7 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
         gradients = np.full((len(atoms), 3), np.nan)
         if held.any():
             moments[held] = np.array(result["moments"])[held]
+        if "magnetic_forces" in result:
             gradients[held] = np.array(result["magnetic_forces"])[held]
             for members in _equivalent(job, plan.recipe.carriers):
                 gradients[members] = gradients[members].mean(0)
