@@ -233,6 +233,33 @@ def test_gate_takes_good_results_and_says_why_not() -> None:
     assert judge(job, collapsed, ("Fe",)) == "collapsed"
 
 
+def test_free_moments_start_at_their_targets_and_give_no_gradients(tmp_path: Path) -> None:
+    job = feal()
+    text = write_input(job, {**SETTINGS, "constrained": False}, ("Fe",), tmp_path)
+    assert "constraint_kind" not in text
+    assert "magcon_lambda" not in text
+    assert values(text, "prtdensph") == ["1"]
+    assert "spinat" in text
+    result = good_result(moments=[(0, 0, 1.1), (0, 0, 0)])
+    assert judge(job, result, ("Fe",)) == "moment"
+    del result["magnetic_forces"]
+    assert judge(job, result, ("Fe",)) is None
+    (frame,) = job_frames(Plan("test", COLLINEAR, (job,)), job, result)
+    assert np.isnan(frame.arrays["magnetic_forces"]).all()
+    assert frame.get_initial_magnetic_moments()[0, 2] == 1.1
+
+
+def test_equivalent_atoms_share_their_magnetic_force() -> None:
+    pair = make_job("pair", "p", "train", bulk("Fe", "bcc", 2.83, cubic=True), np.array([2.2, 2.2]))
+    gradients = [(0, 0, 0.01), (0, 0, 0.02)]
+    result = good_result(moments=[(0, 0, 2.2)] * 2, magnetic_forces=gradients)
+    (frame,) = job_frames(Plan("test", COLLINEAR, (pair,)), pair, result)
+    assert np.allclose(frame.arrays["magnetic_forces"][:, 2], 0.015)
+    unlike = replace(pair, moments=((0, 0, 2.2), (0, 0, 1.0)))
+    (frame,) = job_frames(Plan("test", COLLINEAR, (unlike,)), unlike, result)
+    assert np.allclose(frame.arrays["magnetic_forces"][:, 2], (0.01, 0.02))
+
+
 def test_unconverged_recording_is_seen(tmp_path: Path) -> None:
     text = recorded("collinear").replace("< tolvrs=  1.00E-06 =>converged.", "")
     assert parse_output(text, 2)["converged"] is False
