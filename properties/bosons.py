@@ -83,14 +83,17 @@ def normal_modes(hamiltonian: ArrayLike, bracket: ArrayLike, zero: float = ZERO,
     largest = np.abs(frequencies).max(axis=1)
     for k in range(len(form)):
         signs = np.sign(values[k])
+        free = np.asarray(axes[k][:, signs == 0])
         if stable[k]:
             chosen = np.flatnonzero(frequencies[k] > ZERO * max(largest[k], 1e-300))
             omega, amplitudes = frequencies[k, chosen].astype(complex), columns[k][:, chosen]
         else:
-            omega, amplitudes = _indefinite(inner[k] * signs, signs, largest[k])
+            omega, amplitudes, slow = _indefinite(inner[k] * signs, signs, largest[k])
+            slow = poisson @ (root[k] * signs) @ slow
+            free = np.concatenate([free, slow / np.linalg.norm(slow, axis=0)], axis=1)
         found = np.asarray(poisson @ (root[k] * signs) @ amplitudes)
         missing = n // 2 - len(omega)
-        null = _null_modes(np.asarray(axes[k][:, signs == 0]), metric, missing)
+        null = _null_modes(free, metric, missing)
         everything = np.concatenate([omega, np.zeros(missing)])
         order = np.lexsort([everything.imag, everything.real])
         energies[k], growth[k] = everything.real[order], everything.imag[order]
@@ -120,10 +123,11 @@ def _check(form: Complex, gamma: Array) -> None:
         raise PropertyError(f"the quadratic form is not Hermitian: the largest difference is {asymmetry:.1e}")
 
 
-def _indefinite(matrix: Complex, signs: Array, scale: float) -> tuple[Complex, Complex]:
+def _indefinite(matrix: Complex, signs: Array, scale: float) -> tuple[Complex, Complex, Complex]:
     """Return frequencies and eigenvectors x of B sign(H): those of positive norm, and of complex pairs the growing one.
 
-    The norm of the mode of x is ω x† sign(H) x; within a degenerate eigenvalue x is chosen to make it diagonal.
+    The norm of the mode of x is ω x† sign(H) x; within a degenerate eigenvalue x is chosen to make it diagonal. Third
+    are the eigenvectors too slow to have a norm.
     """
     kept = np.flatnonzero(signs)
     values, vectors = np.linalg.eig(matrix[np.ix_(kept, kept)])
@@ -146,11 +150,12 @@ def _indefinite(matrix: Complex, signs: Array, scale: float) -> tuple[Complex, C
         for k in np.flatnonzero(norms > 0):
             omega.append(complex(mean))
             chosen.append(space @ mixed[:, k])
-    return np.array(omega, dtype=complex), np.array(chosen, dtype=complex).reshape(len(omega), len(signs)).T
+    amplitudes = np.array(chosen, dtype=complex).reshape(len(omega), len(signs)).T
+    return np.array(omega, dtype=complex), amplitudes, full[:, np.abs(values) <= threshold]
 
 
 def _null_modes(space: Complex, metric: Complex, count: int) -> Complex:
-    """Return modes without restoring force: of the null space of H those of the largest norm, shape (n, count)."""
+    """Return modes without frequency: of a space of them those of the largest norm, shape (n, count)."""
     _, mixed = np.linalg.eigh(space.conj().T @ metric @ space)
     return _normalised((space @ mixed[:, ::-1])[:, :count], metric)
 

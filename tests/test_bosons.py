@@ -140,6 +140,20 @@ def test_zero_modes_beside_an_unstable_one():
     np.testing.assert_allclose(np.sort(modes.growth), [0, 0, 1], atol=1e-12)
 
 
+def test_slow_mode_beside_an_unstable_one():
+    """A restoring force that is no rounding, but a frequency below what an indefinite form resolves: energy zero."""
+    slow = 1e-8
+    form = np.diag([-1.0, slow, 1.0, slow])
+    bracket = np.kron(PAIR, np.eye(2))
+    modes = normal_modes(form, bracket, zero=1e-12)
+    assert not modes.stable
+    np.testing.assert_allclose(modes.growth.max(), 1.0, rtol=1e-9)
+    np.testing.assert_allclose(modes.energies, 0, atol=2 * slow)
+    assert np.isfinite(modes.vectors).all()
+    k = int(modes.growth.argmin())
+    assert np.abs(modes.vectors[[1, 3], k]).max() > 0.5
+
+
 def test_random_forms_against_the_plain_eigenvalues():
     """Positive forms at many q: the positive eigenvalues of iΓH, whatever the bracket."""
     rng = np.random.default_rng(3)
