@@ -260,6 +260,20 @@ def test_equivalent_atoms_share_their_magnetic_force() -> None:
     assert np.allclose(frame.arrays["magnetic_forces"][:, 2], (0.01, 0.02))
 
 
+def test_stretched_and_compressed_crystals_are_no_duplicates() -> None:
+    prints = []
+    for strain in (0.01, -0.01):
+        atoms = bulk("Fe", "bcc", 2.83)
+        atoms.set_cell(atoms.cell.array @ np.diag([1 - strain / 2, 1 - strain / 2, 1 + strain]), scale_atoms=True)
+        atoms.set_initial_magnetic_moments(None)
+        atoms.set_initial_magnetic_moments([[0.0, 0.0, 2.2]])
+        turned = atoms.copy()
+        turned.rotate(70, (1, 2, 3), rotate_cell=True)
+        assert np.allclose(fingerprint(atoms), fingerprint(turned), rtol=1e-8)
+        prints.append(fingerprint(atoms))
+    assert np.abs(prints[0] - prints[1]).max() > 2 * 4e-3
+
+
 def test_unconverged_recording_is_seen(tmp_path: Path) -> None:
     text = recorded("collinear").replace("< tolvrs=  1.00E-06 =>converged.", "")
     assert parse_output(text, 2)["converged"] is False

@@ -179,7 +179,8 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
 def fingerprint(atoms: Atoms) -> np.ndarray:
     """Smooth invariants of a structure with its moments, per atom; equal for equivalent descriptions of one state.
 
-    Sums over pairs of elements within 5 Å of powers of the distance, with and without m_i·m_j, and of |m|².
+    Sums over pairs of elements within 5 Å of powers of the distance, with and without m_i·m_j, of |m|², and the
+    principal values of the sum of r⊗r, which tell a stretched cubic crystal from a compressed one.
 
     Parameters
     ----------
@@ -192,10 +193,11 @@ def fingerprint(atoms: Atoms) -> np.ndarray:
         Unitless (Å and µB left out); F depends on the elements.
     """
     moments = atoms.arrays["initial_magmoms"]
-    first, second, distance = neighbor_list("ijd", atoms, _RANGE)
+    first, second, distance, vector = neighbor_list("ijdD", atoms, _RANGE)
     products = np.einsum("ec,ec->e", moments[first], moments[second])
     window = (1 - (distance / _RANGE) ** 2) ** 3
     numbers = atoms.numbers
+    shape = np.einsum("e,ei,ej->ij", window * (2.5 / distance) ** 6, vector, vector)
     values: list[float] = []
     elements = np.unique(numbers)
     for i, z in enumerate(elements):
@@ -207,7 +209,7 @@ def fingerprint(atoms: Atoms) -> np.ndarray:
             for power in range(4):
                 weight = window[pair] * (2.5 / distance[pair]) ** power
                 values += [float(weight.sum()), float((weight * products[pair]).sum())]
-    return np.array(values) / len(atoms)
+    return np.array([*values, *np.linalg.eigvalsh(shape)]) / len(atoms)
 
 
 def _same(a: np.ndarray, energy_a: float, b: np.ndarray, energy_b: float) -> bool:
