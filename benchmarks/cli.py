@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmace_props.cli import DEFAULT_FACTORY, Parser, load_calculator, progress_bar
+from mmace_props.cli import DEFAULT_FACTORY, Parser, add_calculator, load_calculator, progress_bar
 from mmace_props.errors import PropertyError
 from mmace_props.files import check_writable, write_whole
 from mmace_props.protocol import SpinCalculator
@@ -47,13 +47,7 @@ def _parser() -> Parser:
 
     run = actions.add_parser("run", help="compute, compare and report a system")
     run.add_argument("system", choices=(*SYSTEMS, "all"))
-    run.add_argument("--model", default="default", help="model name or file, for the calculator (default: default)")
-    run.add_argument(
-        "--calculator",
-        default=DEFAULT_FACTORY,
-        help=f"factory, module:function or file.py:function (default: {DEFAULT_FACTORY})",
-    )
-    run.add_argument("--device", default="cpu", help="device of the calculator (default: cpu)")
+    add_calculator(run)
     run.add_argument("--quick", action="store_true", help="leave out what takes more than seconds")
     run.add_argument("--json", metavar="FILE", help="write the results there")
     run.add_argument("--report", metavar="FILE.md", help="write a report there, its pictures into images beside it")

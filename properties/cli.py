@@ -155,8 +155,8 @@ def _parser(kind: type[Property]) -> Parser:
     return parser
 
 
-def add_setup(parser: Parser, kind: type[Property]) -> None:
-    """Add what says how a property is computed: calculator, moments, order, and the property's own options."""
+def add_calculator(parser: argparse.ArgumentParser) -> None:
+    """Add what says which calculator is asked, and where it runs."""
     parser.add_argument("--model", default="default", help="model name or file, for the calculator (default: default)")
     parser.add_argument(
         "--calculator",
@@ -164,6 +164,11 @@ def add_setup(parser: Parser, kind: type[Property]) -> None:
         help=f"factory, module:function or file.py:function (default: {DEFAULT_FACTORY})",
     )
     parser.add_argument("--device", default="cpu", help="device of the calculator (default: cpu)")
+
+
+def add_setup(parser: Parser, kind: type[Property]) -> None:
+    """Add what says how a property is computed: calculator, moments, order, and the property's own options."""
+    add_calculator(parser)
     parser.add_argument("--dtype", default="float64", help="precision of the calculator (default: float64)")
     parser.add_argument(
         "--soc",
