@@ -163,7 +163,7 @@ def elastic_constants(model: str) -> Case:
 
     def strains() -> np.ndarray:
         level: dict[str, tuple[MomentMode, bool]] = {"relaxed": ("magnitudes", True)}
-        prop = Elastic(relax="none")
+        prop = Elastic(relax="none", strain_step=1e-3)
         found = prop.compare_strains(state, calculator, stress * GPA, group, level, silent)
         return found.ravel() / GPA
 
