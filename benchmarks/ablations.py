@@ -149,6 +149,13 @@ def main() -> None:
     parser.add_argument("system", choices=("FeAl", "CrN"))
     parser.add_argument("--epochs", type=int, default=60, help="epochs of the whole training set (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("ablations-work"), help="folder of the runs")
+    parser.add_argument(
+        "--only",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="train these lines of the table alone, from 1",
+    )
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the results; the table is printed")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,6 +165,8 @@ def main() -> None:
     recipe = replace(Recipe.from_dict(json.loads((HERE / "recipe.json").read_text())), epochs=args.epochs)
     console, rows = Console(stderr=True), []
     for number, variant in enumerate(VARIANTS):
+        if args.only and number + 1 not in args.only:
+            continue
         console.print(f"{number + 1}/{len(VARIANTS)} {variant.name}")
         rows.append(run(variant, labels, splits, recipe, args.work / args.system / str(number)))
     print(table(rows))

@@ -1,27 +1,37 @@
 """Run the tasks of a system: datasets on disk, numbers in memory. No comparison is made here."""
 
+import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import ase.io
+import mmace_props
 import numpy as np
 import xarray as xr
 from ase import Atoms
 from mmace_props.base import load_property, write_dataset
 from mmace_props.errors import PropertyError
 from mmace_props.journal import Journal, fingerprint
-from mmace_props.protocol import SpinCalculator, bare, moments_of
+from mmace_props.protocol import MomentMode, SpinCalculator, bare, moments_of, with_moments
 
 from .errors import BenchmarkError
 from .systems import Number, System, Task, read_json
 
 GPA = 160.21766208  # GPa in eV/Å³
 NEAR = 1e-6
+VANISHED = 0.01
+"""A moment below this, in µB, has vanished."""
+SUMS = ("difference", "combination")
+"""Tasks that add up quantities of earlier ones."""
 MakeCalculator = Callable[[bool, str], SpinCalculator]
 """Called with spin-orbit coupling and the mode of the moments."""
 Progress = Callable[[str, int, int], None]
+Pair = tuple[np.ndarray, np.ndarray]
+"""Labels, and what was predicted."""
+UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "GPa", "magnetic_forces": "eV/µB", "anisotropy": "eV/atom"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,47 @@ class Outcome:
     failed: str = ""
 
 
+def identity(factory: str, model: str) -> dict[str, str]:
+    """Return what decides a number besides structure and options: the calculator, and the code that ran it.
+
+    A calculator need not say what it is, so the factory's name counts, with the source it is made of and the model's
+    file; so does the source of the suite, since a changed property is a changed number.
+
+    Parameters
+    ----------
+    factory : ``module:function``, or ``file.py:function``.
+    model : handed to the factory; a file's content counts, not its name alone.
+    """
+    place = factory.rpartition(":")[0]
+    code = Path(place)
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place.partition(".")[0])
+        except (ImportError, ValueError):
+            spec = None
+        code = Path(spec.origin) if spec is not None and spec.origin is not None else Path()
+        code = code.parent if code.name == "__init__.py" else code
+    return {
+        "factory": factory,
+        "factory_source": _digest(code),
+        "model": model,
+        "model_file": _digest(Path(model)) if Path(model).is_file() else "",
+        "suite": _digest(Path(mmace_props.__file__).parent),
+        "benchmark": _digest(Path(__file__)),
+    }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the Python files below a folder with their names; empty where there is neither."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.py")) if path != Path() and path.is_dir() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest() if files else ""
+
+
 def run_system(
-    system: System, make: MakeCalculator, work: Path, quick: bool, progress: Progress
+    system: System, make: MakeCalculator, work: Path, quick: bool, progress: Progress, origin: Mapping[str, str]
 ) -> tuple[dict[str, Outcome], dict[str, Any]]:
     """Run all tasks, or the quick ones; what an earlier run of the same calculator finished is read from `work`.
 
@@ -50,6 +99,7 @@ def run_system(
     work : folder for datasets and finished parts; made if missing.
     quick : leave out what takes long.
     progress : called with stage, parts done, and their total.
+    origin : `identity` of the calculator and the code.
 
     Returns
     -------
@@ -60,23 +110,24 @@ def run_system(
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [task for task in system.tasks if task.quick or not quick]
     about = make(False, "fixed").provenance()
+    key = {**origin, **{f"calculator_{k}": str(v) for k, v in about.items()}}
     outcomes: dict[str, Outcome] = {}
     for count, task in enumerate(tasks):
         progress(f"{system.name} {task.name}", count, len(tasks))
-        if task.property == "difference":
-            outcomes[task.name] = _difference(task, outcomes)
+        if task.property in SUMS:
+            outcomes[task.name] = _sum(task, outcomes)
         else:
-            outcomes[task.name] = _run(system, task, make, folder, about)
+            outcomes[task.name] = _run(system, task, make, folder, key)
     progress(system.name, len(tasks), len(tasks))
     return outcomes, about
 
 
-def _run(system: System, task: Task, make: MakeCalculator, folder: Path, about: Mapping[str, Any]) -> Outcome:
+def _run(system: System, task: Task, make: MakeCalculator, folder: Path, origin: Mapping[str, str]) -> Outcome:
     calculator = make(task.soc, task.moments)
     try:
         if task.property == "labels":
-            return Outcome(compare_labels(system, task, calculator))
-        dataset = dataset_of(system, task, calculator, folder, about)
+            return Outcome(compare_labels(system, task, calculator, folder))
+        dataset = dataset_of(system, task, calculator, folder, origin)
         return Outcome({name: values(dataset, number) for name, number in task.numbers.items()})
     except BenchmarkError:
         raise
@@ -84,20 +135,82 @@ def _run(system: System, task: Task, make: MakeCalculator, folder: Path, about: 
         return Outcome({}, " ".join(str(error).split()))
 
 
-def _difference(task: Task, outcomes: Mapping[str, Outcome]) -> Outcome:
-    """Quantities of earlier tasks, the ``first`` less the ``second``, member by member."""
+def _sum(task: Task, outcomes: Mapping[str, Outcome]) -> Outcome:
+    """Quantities of earlier tasks added up member by member: the ``first`` less the ``second``, or ``terms``."""
     known = {name: members for outcome in outcomes.values() for name, members in outcome.numbers.items()}
-    pair = [known.get(str(task.options[key])) for key in ("first", "second")]
-    if pair[0] is None or pair[1] is None:
-        return Outcome({}, f"{task.options['first']} or {task.options['second']} was not computed")
-    gap = np.array(pair[0]) - np.array(pair[1])
-    return Outcome({name: list(number.scale * gap) for name, number in task.numbers.items()})
+    options = task.options
+    terms = options.get("terms") or {str(options["first"]): 1.0, str(options["second"]): -1.0}
+    missing = [name for name in terms if name not in known]
+    if missing:
+        return Outcome({}, f"{' or '.join(missing)} was not computed")
+    total = np.sum([factor * np.array(known[name]) for name, factor in terms.items()], axis=0)
+    return Outcome({name: [float(x) for x in number.scale * total] for name, number in task.numbers.items()})
+
+
+def state_energies(
+    atoms: Atoms, states: Sequence[Sequence[Any]], calculator: SpinCalculator, mode: MomentMode = "fixed"
+) -> xr.Dataset:
+    """Energies of magnetic states at fixed positions and cell.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    states : moments of each state in µB, (N,) along z or (N, 3).
+    calculator : whose members each give an energy.
+    mode : how the moments of states that have any are relaxed; the energy is NaN where one vanishes or turns over,
+        since that is another state.
+    """
+    start = np.array([_vectors(state) for state in states])
+    members = list(calculator.members)
+    energy = np.zeros((len(members), len(start)))
+    reached = np.zeros((len(members), *start.shape))
+    for k, member in enumerate(members):
+        for j, m in enumerate(start):
+            moving = mode != "fixed" and np.abs(m).max() > NEAR
+            reached[k, j] = member.relax_moments([with_moments(bare(atoms), m)], mode)[0] if moving else m
+            along = np.einsum("nx,nx->n", m, reached[k, j]) / np.fmax(np.linalg.norm(m, axis=1), NEAR)
+            kept = bool((along[np.linalg.norm(m, axis=1) > NEAR] > VANISHED).all()) or not moving
+            energy[k, j] = member.energy(bare(atoms), reached[k, j]) / len(atoms) if kept else np.nan
+    lengths = np.linalg.norm(reached, axis=3)
+    first = lengths[0].argmax(axis=1)
+    axis = start[np.arange(len(start)), first]
+    overlap = np.einsum("snx,sx->sn", start, axis)
+    scale = np.linalg.norm(start, axis=2) * np.linalg.norm(axis, axis=1)[:, None]
+    cosine = np.where(scale > NEAR, overlap / np.fmax(scale, NEAR), 1.0).min(axis=1)
+    unit = {"units": "eV/atom", "long_name": "energy"}
+    site = {"units": "µB", "long_name": "|m|"}
+    return xr.Dataset(
+        {
+            "energy": ("state", energy.mean(axis=0), unit),
+            "energy_member": (("member", "state"), energy, unit),
+            "site_length": (("state", "site"), lengths.mean(axis=0), site),
+            "site_length_member": (("member", "state", "site"), lengths, site),
+            "length": ("state", lengths.mean(axis=0).max(axis=1), site),
+            "angle": (
+                "state",
+                np.rad2deg(np.arccos(np.clip(cosine, -1, 1))),
+                {"units": "degree", "long_name": "largest angle between a moment and the longest"},
+            ),
+        },
+        attrs={"property": "states", "formula": atoms.get_chemical_formula()},
+    )
+
+
+def _mode(task: Task) -> MomentMode:
+    if task.moments not in get_args(MomentMode):
+        raise BenchmarkError(f"the task '{task.name}' relaxes moments by '{task.moments}'; mend it")
+    return cast(MomentMode, task.moments)
+
+
+def _vectors(state: Sequence[Any]) -> np.ndarray:
+    m = np.array(state, dtype=float)
+    return np.column_stack([0 * m, 0 * m, m]) if m.ndim == 1 else m
 
 
 def dataset_of(
-    system: System, task: Task, calculator: SpinCalculator, folder: Path, about: Mapping[str, Any]
+    system: System, task: Task, calculator: SpinCalculator, folder: Path, origin: Mapping[str, str]
 ) -> xr.Dataset:
-    """Dataset of a task, from the folder if the same calculator made it there before."""
+    """Dataset of a task, from the folder if the same calculator and code made it there before."""
     atoms = system.crystals[task.crystal]
     key = fingerprint(
         {
@@ -106,7 +219,7 @@ def dataset_of(
             "options": {k: list(v) if isinstance(v, tuple) else v for k, v in task.options.items()},
             "soc": task.soc,
             "moments": task.moments,
-            "calculator": {k: str(v) for k, v in about.items()},
+            "origin": dict(origin),
         }
     )
     path = folder / f"{task.name}.nc"
@@ -114,8 +227,11 @@ def dataset_of(
         with xr.open_dataset(path) as found:
             if found.attrs.get("benchmark_key") == key:
                 return found.load()
-    journal = Journal.beside(path)
-    dataset = load_property(task.property)(**task.options).run(atoms, calculator, journal=journal)
+    journal = Journal(folder / f".{task.name}.{key[:16]}.parts")
+    if task.property == "states":
+        dataset = state_energies(atoms, task.options["moments"], calculator, _mode(task))
+    else:
+        dataset = load_property(task.property)(**task.options).run(atoms, calculator, journal=journal)
     dataset.attrs["benchmark_key"] = key
     write_dataset(dataset, path)
     journal.clear()
@@ -146,6 +262,11 @@ def _at(dataset: xr.Dataset, name: str, where: Mapping[str, Any]) -> np.ndarray:
             if distance.min() > NEAR:
                 raise BenchmarkError(f"the wave vector {list(label)} is not on the path of {name}; mend the task")
             picked = picked.isel(wave=int(distance.argmin()))
+        elif dimension == "volume" and isinstance(label, float):
+            known = picked["volume"]
+            if not float(known.min()) <= label <= float(known.max()):
+                raise BenchmarkError(f"{name} ends at {float(known.min()):.2f} and {float(known.max()):.2f} Å³/atom")
+            picked = picked.interp(volume=label)
         elif isinstance(label, str) or dimension in ("cone",):
             if label not in dataset[dimension].values:
                 raise BenchmarkError(f"{name} has no {dimension} '{label}'; mend the task")
@@ -158,19 +279,33 @@ def _at(dataset: xr.Dataset, name: str, where: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(picked.values, dtype=float)
 
 
-def compare_labels(system: System, task: Task, calculator: SpinCalculator) -> dict[str, list[float]]:
+def compare_labels(
+    system: System, task: Task, calculator: SpinCalculator, folder: Path | None = None
+) -> dict[str, list[float]]:
     """Root mean square errors against the DFT labels of test parents, for each committee member.
 
     Energies count after the least-squares constant of each element is taken off, since every code has its own zero.
-    For ``kind`` ``anisotropy`` they count about the mean of each group of directions.
+    For ``kind`` ``anisotropy`` they count about the mean of each group of directions. With a folder, labels and the
+    committee's means of what was predicted go there.
     """
     frames = label_frames(system, task)
-    errors: dict[str, list[float]] = {name: [] for name in task.numbers}
-    for member in calculator.members:
-        parts = anisotropy_errors(frames, member) if task.options["kind"] == "anisotropy" else errors_of(frames, member)
-        for name, number in task.numbers.items():
-            errors[name].append(number.scale * parts[number.variable])
-    return errors
+    pairs_of = anisotropy_pairs if task.options["kind"] == "anisotropy" else label_pairs
+    found = [pairs_of(frames, member) for member in calculator.members]
+    if folder is not None:
+        write_dataset(parity(found), folder / f"{task.name}.nc")
+    errors = [_errors(pairs) for pairs in found]
+    return {name: [n.scale * e[n.variable] for e in errors] for name, n in task.numbers.items()}
+
+
+def parity(members: Sequence[Mapping[str, Pair]]) -> xr.Dataset:
+    """Labels beside the mean of what the members predict, each quantity along a dimension of its own."""
+    data = {}
+    for name in members[0]:
+        labels, units = members[0][name][0], {"units": UNITS[name]}
+        mean = np.mean([pairs[name][1] for pairs in members], axis=0)
+        data[f"{name}_label"] = (f"{name}_component", labels, {**units, "long_name": f"{name} of the labels"})
+        data[f"{name}_model"] = (f"{name}_component", mean, {**units, "long_name": f"{name} of the model"})
+    return xr.Dataset(data, attrs={"property": "labels"})
 
 
 def label_frames(system: System, task: Task) -> list[Atoms]:
@@ -205,47 +340,61 @@ def predictions(frames: Sequence[Atoms], calculator: SpinCalculator) -> list[dic
     return found
 
 
-def errors_of(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
-    """Root mean square errors of energies (eV/atom) and first derivatives (eV/Å, GPa, eV/µB)."""
+def label_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, Pair]:
+    """Labels and predictions of energies (eV/atom), forces (eV/Å), stress (GPa) and magnetic forces (eV/µB).
+
+    The least-squares constant of each element is taken off the energies predicted, and both are without the labels'
+    own constants.
+    """
     found = predictions(frames, calculator)
     elements = sorted({s for a in frames for s in a.symbols})
     shares = np.array([[np.mean(a.symbols == z) for z in elements] for a in frames])
-    difference = np.array(
-        [(p["energy"] - a.get_potential_energy()) / len(a) for p, a in zip(found, frames, strict=True)]
-    )
-    shift = np.linalg.lstsq(shares, difference, rcond=None)[0]
-    result = {"energy": _rms(difference - shares @ shift)}
+    labels = np.array([a.get_potential_energy() / len(a) for a in frames])
+    energies = np.array([p["energy"] / len(a) for p, a in zip(found, frames, strict=True)])
+    zeros = np.linalg.lstsq(shares, labels, rcond=None)[0]
+    shift = np.linalg.lstsq(shares, energies - labels, rcond=None)[0]
+    pairs = {"energy": (labels - shares @ zeros, energies - shares @ (zeros + shift))}
     for name, unit in (("forces", 1.0), ("stress", GPA)):
-        result[name] = unit * _rms(
-            np.concatenate(
-                [
-                    (p[name] - a.calc.results[name]).ravel()
-                    for p, a in zip(found, frames, strict=True)
-                    if name in a.calc.results
-                ]
-            )
+        there = [(p[name], a.calc.results[name]) for p, a in zip(found, frames, strict=True) if name in a.calc.results]
+        pairs[name] = (
+            unit * np.concatenate([label.ravel() for _, label in there]),
+            unit * np.concatenate([p.ravel() for p, _ in there]),
         )
-    result["magnetic_forces"] = _rms(
-        np.concatenate(
-            [(p["magnetic_forces"] - a.arrays["magnetic_forces"]).ravel() for p, a in zip(found, frames, strict=True)]
-        )
+    pairs["magnetic_forces"] = (
+        np.concatenate([a.arrays["magnetic_forces"].ravel() for a in frames]),
+        np.concatenate([p["magnetic_forces"].ravel() for p in found]),
     )
-    return result
+    return pairs
 
 
-def anisotropy_errors(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
-    """Root mean square error of E(n) about its mean, eV/atom, and the size of the labels."""
+def errors_of(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
+    """Root mean square errors of energies (eV/atom) and first derivatives (eV/Å, GPa, eV/µB)."""
+    return _errors(label_pairs(frames, calculator))
+
+
+def anisotropy_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, Pair]:
+    """Labels and predictions of E(n) about the mean of each group of directions, eV/atom."""
     groups: dict[str, list[Atoms]] = {}
     for atoms in frames:
         groups.setdefault(atoms.info["anisotropy_group"], []).append(atoms)
-    errors, sizes = [], []
+    found, known = [], []
     for group in groups.values():
         moments = np.stack([moments_of(a) for a in group])
         energies = calculator.evaluate_spins(bare(group[0]), moments, False)["energy"] / len(group[0])
         labels = np.array([a.get_potential_energy() for a in group]) / len(group[0])
-        errors.append((energies - energies.mean()) - (labels - labels.mean()))
-        sizes.append(labels - labels.mean())
-    return {"anisotropy": _rms(np.concatenate(errors)), "size": _rms(np.concatenate(sizes))}
+        found.append(energies - energies.mean())
+        known.append(labels - labels.mean())
+    return {"anisotropy": (np.concatenate(known), np.concatenate(found))}
+
+
+def anisotropy_errors(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
+    """Root mean square error of E(n) about its mean, eV/atom, and the size of the labels."""
+    pairs = anisotropy_pairs(frames, calculator)
+    return {**_errors(pairs), "size": _rms(pairs["anisotropy"][0])}
+
+
+def _errors(pairs: Mapping[str, Pair]) -> dict[str, float]:
+    return {name: _rms(predicted - label) for name, (label, predicted) in pairs.items()}
 
 
 def _rms(x: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from mmace_props.protocol import SpinCalculator
 from rich.console import Console
 
 from .analyse import Line, changes, compare, lines_of, record
-from .calculate import run_system
+from .calculate import identity, run_system
 from .derive import derive
 from .errors import BenchmarkError
 from .report import print_table, write_report
@@ -81,9 +81,10 @@ def _run(args: argparse.Namespace) -> int:
     work = Path(args.work)
     lines: dict[str, list[Line]] = {}
     about: dict[str, Any] = {}
+    origin = identity(args.calculator, args.model)
     with progress_bar(False) as report:
         for system in systems:
-            outcomes, about = run_system(system, make, work, args.quick, report)
+            outcomes, about = run_system(system, make, work, args.quick, report, origin)
             lines[system.name] = lines_of(system, outcomes)
     for system in systems:
         print_table(console, system.name, lines[system.name])

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .analyse import FAILED, MISS, OK, Line, counts
-from .systems import KINDS, Reference, System
+from .calculate import NEAR
+from .systems import KINDS, Reference, System, Task
 
 HEAD = ("quantity", "unit", "value", *KINDS, "deviation", "allowed", "verdict")
+MARKS = {"own DFT": "o", "published DFT": "s", "experiment": "x"}
 STYLE = {OK: "green", MISS: "red"}
 
 
@@ -109,44 +111,119 @@ def figures(system: System, folder: Path) -> list[tuple[str, str, Figure]]:
     found = []
     for task in system.tasks:
         path = folder / f"{task.name}.nc"
-        if task.property not in ("eos", "phonon", "spiral") or not path.exists():
+        if task.property not in ("eos", "phonon", "spiral", "states", "labels") or not path.exists():
             continue
         with xr.open_dataset(path) as opened:
             dataset = opened.load()
+        if task.property == "labels":
+            caption, figure = _labels_figure(dataset)
+            found.append((task.name, caption, figure))
+            continue
         formula = dataset.attrs["formula"]
         if task.property == "eos":
-            found.append(
-                (task.name, f"E(V) of {formula}; points are own DFT.", _eos_figure(system, task.name, dataset))
-            )
+            caption = f"E(V) of {formula}; points are own DFT, the lowest of them laid on the curve of its state."
+            found.append((task.name, caption, _eos_figure(system, task.name, dataset)))
+        elif task.property == "states":
+            scan = _states_figure(system, task, dataset)
+            if scan is not None:
+                found.append((task.name, f"Energy of {formula} against its moments; points are DFT.", scan))
         elif task.property == "phonon":
-            found.append((task.name, f"Phonons of {formula}.", _curves(dataset, "frequency", "frequency, THz")))
+            figure = _curves(dataset, "frequency", "frequency, THz", _waves(system, task, dataset))
+            found.append((task.name, f"Phonons of {formula}; points are the references.", figure))
         else:
-            found.append(
-                (task.name, f"Spin spirals of {formula}.", _curves(dataset, "energy", "E(q) − E(0), meV/atom"))
-            )
+            figure = _curves(dataset, "energy", "E(q) − E(0), meV/atom", _waves(system, task, dataset))
+            found.append((task.name, f"Spin spirals of {formula}; points are the references.", figure))
     return found
 
 
+def _waves(system: System, task: Task, dataset: xr.Dataset) -> dict[str, list[tuple[float, float]]]:
+    """Place along the path and value of every reference at a wave vector, by kind."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, number in task.numbers.items():
+        if "q" not in number.where:
+            continue
+        distance = np.linalg.norm(dataset["q"].values - np.array(number.where["q"], dtype=float), axis=1)
+        for place in dataset["position"].values[distance < NEAR]:
+            for reference in system.quantities[name].references:
+                points.setdefault(reference.kind, []).append((float(place), reference.value))
+    return points
+
+
+def _states_figure(system: System, task: Task, dataset: xr.Dataset) -> Figure | None:
+    """E against |m|, or against the angle where that is what changes; none where neither is a scan."""
+    axis = "angle" if float(np.ptp(dataset["angle"].values)) > 1 else "length"
+    places = dataset[axis].values
+    if len(np.unique(places.round(6))) < 4:
+        return None
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    energy = 1e3 * (dataset["energy"].values - dataset["energy"].values.min())
+    axes.plot(places, energy, "-", color="C0")
+    if "energy_member" in dataset and dataset.sizes["member"] > 1:
+        members = 1e3 * dataset["energy_member"].values
+        spread = (members - members.mean(axis=1, keepdims=True)).std(axis=0, ddof=1)
+        axes.fill_between(places, energy - spread, energy + spread, color="C0", alpha=0.2)
+    for name, number in task.numbers.items():
+        for reference in system.quantities[name].references:
+            if number.minus is not None and number.variable == "energy":
+                first, base = int(number.where["state"]), int(number.minus["state"])
+                value = energy[base] + 1e3 * reference.value / number.scale
+                axes.plot(places[first], value, MARKS[reference.kind], color="C1")
+    axes.set(xlabel="angle, °" if axis == "angle" else "|m|, µB", ylabel="energy, meV/atom")
+    return figure
+
+
+def _labels_figure(dataset: xr.Dataset) -> tuple[str, Figure]:
+    """Predicted against label for every quantity; E(n) along the directions of the test groups."""
+    if "anisotropy_label" in dataset:
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(1e6 * dataset["anisotropy_label"].values, "o", color="C1", label="DFT", markersize=3)
+        axes.plot(1e6 * dataset["anisotropy_model"].values, "x", color="C0", label="model", markersize=3)
+        axes.set(xlabel="directions of one group after another", ylabel="E(n) about its mean, µeV/atom")
+        axes.legend()
+        return "E(n) of the test groups.", figure
+    names = [str(v).removesuffix("_label") for v in dataset.data_vars if str(v).endswith("_label")]
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 2).flat, names, strict=False):
+        label, model = dataset[f"{name}_label"].values, dataset[f"{name}_model"].values
+        ends = [np.nanmin(label), np.nanmax(label)]
+        axes.plot(ends, ends, color="0.7", linewidth=0.8)
+        axes.plot(label, model, ".", color="C0", markersize=3)
+        unit = dataset[f"{name}_label"].attrs["units"]
+        axes.set(title=name.replace("_", " "), xlabel=f"DFT, {unit}", ylabel=f"model, {unit}")
+    return "Parity of the test labels; energies less the constant of each element.", figure
+
+
 def _eos_figure(system: System, task: str, dataset: xr.Dataset) -> Figure:
-    """E(V) of every state above the lowest; DFT points of the same states, above their own lowest."""
+    """E(V) of every state above the lowest; DFT points meet the model's curve at the lowest of them."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     lowest = float(np.nanmin(dataset["energy"]))
-    for k, state in enumerate(dataset["state"].values):
+    states = [str(s) for s in dataset["state"].values]
+    for k, state in enumerate(states):
         energy = 1e3 * (dataset["energy"].sel(state=state) - lowest)
-        axes.plot(dataset["volume"], energy, color=f"C{k}", label=str(state))
-    points = _reference_points(system, task.removesuffix("-eos"))
-    floor = min((energy for curve in points.values() for _, energy in curve), default=0.0)
-    for k, state in enumerate(dataset["state"].values):
-        curve = points.get(str(state), [])
-        axes.plot([v for v, _ in curve], [1e3 * (e - floor) for _, e in curve], "o", color=f"C{k}")
+        axes.plot(dataset["volume"], energy, color=f"C{k}", label=state)
+    points = aligned_points(reference_points(system, task.removesuffix("-eos")), dataset)
+    for k, (state, curve) in enumerate(points.items()):
+        mine = curve_of(state, states)
+        color = f"C{states.index(mine)}" if mine is not None else f"C{len(states) + k}"
+        label = None if mine == state else f"{state}, own DFT"
+        volumes, energies = zip(*curve, strict=True)
+        axes.plot(volumes, 1e3 * (np.array(energies) - lowest), "o", color=color, label=label)
     axes.set(xlabel="volume, Å³/atom", ylabel="energy, meV/atom")
     axes.legend()
     return figure
 
 
-def _reference_points(system: System, crystal: str) -> dict[str, list[tuple[float, float]]]:
-    """Volume and energy per atom of own DFT, by state."""
+def curve_of(state: str, states: Sequence[str]) -> str | None:
+    """The model's state that a reference's state is: [001] layers are the antiferromagnet of these cells."""
+    name = "afm" if state == "afm001" else state
+    return name if name in states else None
+
+
+def reference_points(system: System, crystal: str) -> dict[str, list[tuple[float, float]]]:
+    """Volume and energy per atom of own DFT, by magnetic order."""
     path = system.folder / "references" / "dft.extxyz"
     points: dict[str, list[tuple[float, float]]] = {}
     if not path.exists():
@@ -156,11 +233,28 @@ def _reference_points(system: System, crystal: str) -> dict[str, list[tuple[floa
         if tag.startswith(f"{crystal}-") and tag.endswith("-eos"):
             state = tag.removeprefix(f"{crystal}-").removesuffix("-eos")
             point = (atoms.get_volume() / len(atoms), atoms.get_potential_energy() / len(atoms))
-            points.setdefault("afm" if state.startswith("afm") else state, []).append(point)
-    return points
+            points.setdefault(state, []).append(point)
+    return {state: sorted(curve) for state, curve in points.items()}
 
 
-def _curves(dataset: xr.Dataset, name: str, label: str) -> Figure:
+def aligned_points(
+    points: Mapping[str, Sequence[tuple[float, float]]], dataset: xr.Dataset
+) -> dict[str, list[tuple[float, float]]]:
+    """Points on the model's scale of energy: the lowest of those that have a curve lies on it.
+
+    Codes have their own zero, so one point alone says nothing, and gives none.
+    """
+    states = [str(s) for s in dataset["state"].values]
+    known = [(e, v, curve_of(state, states)) for state, curve in points.items() for v, e in curve]
+    there = [(e, v, mine) for e, v, mine in known if mine is not None]
+    if len(known) < 2 or not there:
+        return {}
+    energy, volume, mine = min(there)
+    shift = float(np.interp(volume, dataset["volume"], dataset["energy"].sel(state=mine))) - energy
+    return {state: [(v, e + shift) for v, e in curve] for state, curve in points.items()}
+
+
+def _curves(dataset: xr.Dataset, name: str, label: str, points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Lines along the path, one for each branch, with the committee's spread."""
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -171,6 +265,10 @@ def _curves(dataset: xr.Dataset, name: str, label: str) -> Figure:
         spread = np.asarray(dataset[f"{name}_std"].values).reshape(values.shape)
         for k in range(values.shape[1]):
             axes.fill_between(place, values[:, k] - spread[:, k], values[:, k] + spread[:, k], color="C0", alpha=0.2)
+    for kind, known in points.items():
+        axes.plot(*zip(*known, strict=True), MARKS[kind], color="C1", label=kind)
+    if points:
+        axes.legend()
     axes.axhline(0, color="0.7", linewidth=0.5)
     axes.set(xlabel="wave vector along the path, 1/Å", ylabel=label, xlim=(place[0], place[-1]))
     return figure

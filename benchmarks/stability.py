@@ -2,8 +2,9 @@
 
 `python benchmarks/stability.py FeAl [--model M] [-o results.json]` does both for the crystals of a system. Cells have
 volumes within ±20 %, moments up to 1.5 M_z in any direction and displacements up to 0.4 Å; a hole is an energy more
-than 50 meV/atom below the crystal's ground state. Dynamics are 20 ps with a Langevin thermostat at 300 K and 1,000 K,
-moments held; they are kept every picosecond, and the same command goes on where it was stopped.
+than 50 meV/atom below the crystal's ground state. Dynamics are 20 ps of the first member with a Langevin
+thermostat at 300 K and 1,000 K, moments held; they are kept every picosecond, and the same command goes on where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.progress import track
 
 from mmace.calculator import MMACECalculator
 from mmace.derivatives import evaluate
+from mmace.errors import StructureError
 from mmace.files import whole_file
 from mmace.graph import Graph
 
@@ -129,18 +131,22 @@ def dynamics(system: str, calculator: MMACECalculator, picoseconds: int, folder:
         for temperature in (300, 1000):
             file = folder / f"{name.replace(' ', '-')}-{temperature}.traj"
             frames = ase.io.read(file, ":") if file.exists() else [_start(crystal, moment, calculator, temperature)]
+            failure = ""
             for _ in track(range(len(frames) - 1, picoseconds), f"{name}, {temperature} K"):
                 atoms = frames[-1].copy()
                 atoms.calc = calculator
                 rng = np.random.default_rng([temperature, len(frames)])
-                Langevin(atoms, TIME_STEP * units.fs, temperature_K=temperature, friction=FRICTION, rng=rng).run(
-                    PICOSECOND
-                )
+                motion = Langevin(atoms, TIME_STEP * units.fs, temperature_K=temperature, friction=FRICTION, rng=rng)
+                try:
+                    motion.run(PICOSECOND)
+                except StructureError as error:
+                    failure = str(error)
+                    break
                 atoms.calc = None
                 frames.append(atoms)
                 with whole_file(file) as temporary:
                     ase.io.write(temporary, frames, format="traj")
-            motion = [
+            moved = [
                 np.linalg.norm(
                     a.positions - a.positions.mean(0) - (frames[0].positions - frames[0].positions.mean(0)), axis=1
                 )
@@ -149,8 +155,9 @@ def dynamics(system: str, calculator: MMACECalculator, picoseconds: int, folder:
             result[f"{name}, {temperature} K"] = {
                 "picoseconds": len(frames) - 1,
                 "mean_temperature_K": float(np.mean([a.get_temperature() for a in frames[len(frames) // 4 :]])),
-                "largest_displacement_A": float(max(m.max() for m in motion)),
+                "largest_displacement_A": float(max(m.max() for m in moved)),
                 "finite": bool(all(np.isfinite(a.positions).all() for a in frames)),
+                "failure": failure,
             }
     return result
 
@@ -169,16 +176,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("system", choices=("FeAl", "CrN"))
     parser.add_argument("--model", default="default")
-    parser.add_argument("--cells", type=int, default=1000)
-    parser.add_argument("--picoseconds", type=int, default=20)
+    parser.add_argument("--cells", type=int, default=1000, help="of each crystal; 0 for none (default %(default)s)")
+    parser.add_argument("--picoseconds", type=int, default=20, help="of each run; 0 for none (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("stability-work"), help="folder of the trajectories")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     calculator = MMACECalculator(args.model, soc=False)
     result: dict[str, Any] = {"system": args.system, "model": calculator.provenance()["hash"]}
-    result["random_cells"] = random_cells(args.system, calculator, args.cells)
-    result["dynamics"] = dynamics(args.system, calculator, args.picoseconds, args.work / args.system)
+    if args.cells:
+        result["random_cells"] = random_cells(args.system, calculator, args.cells)
+    if args.picoseconds:
+        result["dynamics"] = dynamics(args.system, calculator.members[0], args.picoseconds, args.work / args.system)
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if args.output:

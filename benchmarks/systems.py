@@ -25,7 +25,8 @@ class Number:
     Parameters
     ----------
     variable : name in the dataset.
-    where : label of each dimension; lists of numbers are the nearest wave vector ``q``.
+    where : label of each dimension; lists of numbers are a wave vector ``q``; a ``volume`` in Å³/atom that is no
+        integer is interpolated to.
     minus : the same for a value that is taken off.
     scale : of the result.
     """
@@ -44,9 +45,9 @@ class Task:
     ----------
     name : unique in its system.
     crystal : key of the system's crystals.
-    property : of the suite; ``labels`` compares with DFT frames instead, ``difference`` takes two quantities of
-        earlier tasks.
-    options : of the property; ``files`` and ``kind`` of labels; ``first`` and ``second``.
+    property : of the suite; ``labels`` compares with DFT frames instead, ``states`` takes energies of the ``moments``
+        given at fixed cell and positions, ``difference`` and ``combination`` add up quantities of earlier tasks.
+    options : of the property; ``files`` and ``kind`` of labels; ``first`` and ``second``; ``terms``.
     soc : spin-orbit coupling.
     moments : how moments are relaxed.
     quick : whether ``--quick`` computes it.
@@ -144,7 +145,7 @@ def read_system(name: str, folder: Path | None = None) -> System:
     except (KeyError, TypeError, ValueError) as error:
         raise BenchmarkError(f"the benchmark in '{folder}' cannot be read ({error!r}); mend its JSON files") from error
     for task in tasks:
-        if task.property not in ("labels", "difference") and task.crystal not in crystals:
+        if task.property not in ("labels", "difference", "combination") and task.crystal not in crystals:
             raise BenchmarkError(f"the task '{task.name}' has no crystal '{task.crystal}'; add it to benchmark.json")
         for quantity in task.numbers:
             if quantity not in quantities:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 import numpy as np
 import xarray as xr
 from ase import Atoms
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from . import provenance
-from .errors import OptionError, PropertyError, did_you_mean
+from .errors import OptionError, PropertyError, StructureError, did_you_mean
 from .files import write_whole
 from .journal import Journal
 from .protocol import MODES, MomentMode, SpinCalculator, moments_of
@@ -226,7 +227,9 @@ class Property(ABC):
 
         Raises
         ------
-        PropertyError : bad structure, moments, options or calculator; no result is returned half-done.
+        PropertyError : bad structure, moments, options or calculator, or half of a committee's members or more give
+            no result; no result is returned half-done. Fewer are left out with a warning, and named in the attribute
+            ``members_without_result``.
         """
         asked = calculator if isinstance(calculator, SpinCalculator) else SpinCalculator(calculator)
         if journal is not None:
@@ -235,12 +238,17 @@ class Property(ABC):
         self.check(atoms, asked)
         members = asked.members
         shared = self.prepare(atoms, members, progress)
-        parts = []
-        for k, member in enumerate(members):
-            prefix = f"member {k + 1}/{len(members)}, " if len(members) > 1 else ""
-            parts.append(shared.compute(atoms, member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
-        dataset = parts[0] if len(parts) == 1 else combine(shared.align(parts))
+        parts, failed = _of_members(shared, atoms, members, progress)
+        kept = sorted(set(range(len(members))) - set(failed))
+        dataset = parts[0] if len(members) == 1 else combine(shared.align(parts), kept)
         dataset = shared.finish(dataset, asked)
+        if failed:
+            sentences = "; ".join(f"member {k + 1}: {' '.join(str(error).split())}" for k, error in failed.items())
+            dataset.attrs["members_without_result"] = sentences
+            warnings.warn(
+                f"mean and spread are over {len(kept)} of {len(members)} members of the committee ({sentences})",
+                stacklevel=2,
+            )
         options = {**dataclasses.asdict(self.options), "moments": self.mode(asked)}
         attrs = provenance.attributes(
             atoms, asked, symprec=self.options.symprec, mag_symprec=self.options.mag_symprec, options=options
@@ -266,12 +274,37 @@ def checked(dataset: xr.Dataset) -> xr.Dataset:
     return dataset
 
 
-def combine(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+def _of_members(
+    prop: Property, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress
+) -> tuple[list[xr.Dataset], dict[int, PropertyError]]:
+    """Compute a property with every member of a committee: datasets, and the errors of members that gave none.
+
+    Raises
+    ------
+    PropertyError : half of the members or more give no result, or the input is at fault, whatever the member.
+    """
+    parts: list[xr.Dataset] = []
+    failed: dict[int, PropertyError] = {}
+    for k, member in enumerate(members):
+        prefix = f"member {k + 1}/{len(members)}, " if len(members) > 1 else ""
+        try:
+            parts.append(prop.compute(atoms, member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
+        except (OptionError, StructureError):
+            raise
+        except PropertyError as error:
+            failed[k] = error
+            if 2 * len(failed) >= len(members):
+                raise
+    return parts, failed
+
+
+def combine(parts: Sequence[xr.Dataset], members: Sequence[int]) -> xr.Dataset:
     """Average the members' datasets.
 
     Parameters
     ----------
     parts : one dataset per member, with the same variables, dimensions and coordinates.
+    members : their numbers in the committee, from 0.
 
     Returns
     -------
@@ -292,8 +325,45 @@ def combine(parts: Sequence[xr.Dataset]) -> xr.Dataset:
         variables[f"{name}_std"] = variable(dims, values.std(axis=0, ddof=1), units, f"{text}, committee spread")
         variables[f"{name}_member"] = variable(("member", *dims), values, units, f"{text}, per member")
     coords: dict[Any, Any] = dict(first.coords)
-    coords["member"] = variable("member", np.arange(len(parts)), "1", "committee member")
+    coords["member"] = variable("member", np.asarray(members), "1", "committee member")
     return xr.Dataset(variables, coords, first.attrs)
+
+
+def over_finite(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Return mean, spread (ddof = 1) and number of the finite values along the first axis.
+
+    The mean is NaN where there is none, the spread where there is one alone.
+    """
+    finite = np.isfinite(values)
+    count = finite.sum(axis=0)
+    mean = np.where(finite, values, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
+    squares = (np.where(finite, values - mean, 0.0) ** 2).sum(axis=0)
+    return mean, np.sqrt(squares / np.where(count > 1, count - 1, np.nan)), count
+
+
+def over_members(dataset: xr.Dataset, names: Sequence[str]) -> xr.Dataset:
+    """Return a committee's dataset with some means and spreads taken over the members that have a finite value.
+
+    Their number is added as ``<name>_count``. A dataset of one model is returned as it is.
+    """
+    changed: dict[str, xr.Variable] = {}
+    for name in names:
+        if f"{name}_member" not in dataset:
+            continue
+        mean, spread, count = over_finite(dataset[f"{name}_member"].values)
+        changed[name] = dataset[name].variable.copy(data=mean)
+        changed[f"{name}_std"] = dataset[f"{name}_std"].variable.copy(data=spread)
+        text = f"{dataset[name].attrs['long_name']}, members that have one"
+        changed[f"{name}_count"] = variable([str(d) for d in dataset[name].dims], count, "1", text)
+    return dataset.assign(changed)
+
+
+def of_members(dataset: xr.Dataset, name: str, **where: Any) -> str:
+    """Return ``", k of n members"`` for a number that only some members have, else nothing."""
+    if f"{name}_count" not in dataset:
+        return ""
+    count, total = int(dataset[f"{name}_count"].isel(**where)), dataset.sizes["member"]
+    return f", {count} of {total} members" if count < total else ""
 
 
 def spread_of(dataset: xr.Dataset, name: str, **where: Any) -> float | None:
@@ -301,6 +371,24 @@ def spread_of(dataset: xr.Dataset, name: str, **where: Any) -> float | None:
     if f"{name}_std" not in dataset:
         return None
     return float(dataset[f"{name}_std"].sel(**where))
+
+
+def derived(dataset: xr.Dataset, number: Callable[[xr.Dataset], float]) -> tuple[float, float | None]:
+    """Return a number that follows from a dataset: its mean over the committee, and its spread.
+
+    Parameters
+    ----------
+    dataset : of a committee, or of one model, which has no spread.
+    number : takes a dataset whose variables are those of one member.
+    """
+    if "member" not in dataset.coords:
+        return number(dataset), None
+    values = []
+    for k in range(dataset.sizes["member"]):
+        one = dataset.isel(member=k)
+        names = [str(name) for name in dataset.data_vars if f"{name}_member" in dataset]
+        values.append(number(one.assign({name: one[f"{name}_member"] for name in names})))
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def write_dataset(dataset: xr.Dataset, path: str | Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,10 @@ from .structures import ORDERS, Start, formula, parse_moments, read_moments, rea
 DEFAULT_FACTORY = "mmace.calculator:from_options"
 WIDTH = 160
 """Columns of a table that goes to a file or a pipe."""
+MOST_DECIMALS = 5
+"""Longer numbers are written with an exponent."""
+SMALL_SPREAD = 1e-9
+"""A spread below this is rounding, and says nothing about the digits of a value."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -414,12 +419,26 @@ def _print_table(console: Console, rows: Sequence[Row], title: str) -> None:
         table.add_column("± committee", justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)
     for row in rows:
-        value = row.value if isinstance(row.value, str) else _number(row.value)
-        cells = [row.label, value]
-        if spread:
-            cells.append("" if row.spread is None else f"{row.spread:.2g}")
+        if isinstance(row.value, str):
+            cells = [row.label, row.value]
+        elif row.spread is None:
+            cells = [row.label, _number(row.value)]
+        else:
+            cells = [row.label, *_with_spread(row.value, row.spread)]
+        if spread and len(cells) == 2:
+            cells.append("")
         table.add_row(*cells, "" if row.unit == "1" else row.unit)
     console.print(table)
+
+
+def _with_spread(value: float, spread: float) -> tuple[str, str]:
+    """Return both with the decimals of the spread's second digit."""
+    if not (np.isfinite(value) and SMALL_SPREAD < spread < np.inf):
+        return _number(value), f"{spread:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    if decimals > MOST_DECIMALS:
+        return f"{value:.3g}", f"{spread:.2g}"
+    return f"{value:.{decimals}f}", f"{spread:.{decimals}f}"
 
 
 def _number(value: float) -> str:

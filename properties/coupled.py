@@ -13,7 +13,7 @@ from phonopy import Phonopy
 from scipy import constants
 from scipy.optimize import brentq, minimize_scalar
 
-from .base import Options, Progress, Property, Row, option, variable
+from .base import Options, Progress, Property, Row, derived, option, over_finite, variable
 from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import ConvergenceError, MomentError, OptionError
@@ -38,6 +38,7 @@ VISIBLE = 1e-4
 """Gaps smaller than this, in meV, are crossings."""
 LISTED = 6
 HALVINGS = 6
+BY_BRANCHES = ("segment", "phonon_branch", "magnon_branch")
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,6 @@ class Coupled(Property):
         crossings = find_crossings(crystal, q, position, labels)
         names = [f"{a}-{b}" for a, b in _segments(labels)]
         milli = 1e3
-        by_branches = ("segment", "phonon_branch", "magnon_branch")
         data: dict[str, Any] = {
             "energy": variable(("wave", "branch"), modes.energies * milli, "meV", "energy of the coupled mode"),
             "frequency": variable(
@@ -313,11 +313,11 @@ class Coupled(Property):
             "moments": variable(("site", "xyz"), moments, "µB", "moment of the reference"),
             "torque": variable((), torque, "eV", "largest torque on a moment of the reference as relaxed or given"),
             "gap": variable(
-                by_branches, crossings["gap"], "meV", "gap where phonon and magnon would cross, NaN if not"
+                BY_BRANCHES, crossings["gap"], "meV", "gap where phonon and magnon would cross, NaN if not"
             ),
-            "gap_energy": variable(by_branches, crossings["energy"], "meV", "energy where they would cross"),
+            "gap_energy": variable(BY_BRANCHES, crossings["energy"], "meV", "energy where they would cross"),
             "gap_q": variable(
-                (*by_branches, "xyz"),
+                (*BY_BRANCHES, "xyz"),
                 crossings["q"],
                 "1",
                 "wave vector where they would cross, reciprocal lattice units",
@@ -344,11 +344,25 @@ class Coupled(Property):
         return xr.Dataset(data, coords, attrs)
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Say so where the reference state is not stable."""
-        if float(dataset["instability"]) < 0:
+        """Average each gap over the members that have it, and say where the reference state is not stable."""
+        count = dataset.sizes.get("member", 1)
+        tail = "_member" if "member" in dataset.coords else ""
+        if tail:
+            for name in ("gap", "gap_energy", "gap_q"):
+                item = dataset[name]
+                mean, spread, _ = over_finite(dataset[f"{name}_member"].values)
+                dataset[name] = xr.Variable(item.dims, mean, item.attrs)
+                dataset[f"{name}_std"] = xr.Variable(item.dims, spread, dataset[f"{name}_std"].attrs)
+        gaps = dataset[f"gap{tail}"].values.reshape(count, *dataset["gap"].shape)
+        dataset["gap_members"] = variable(
+            BY_BRANCHES, np.isfinite(gaps).sum(axis=0), "1", "models in which they would cross"
+        )
+        unstable = int((dataset[f"instability{tail}"].values < 0).sum())
+        if unstable:
+            where = f" in {unstable} of the committee's {count} members" if tail else ""
             dataset.attrs["note"] = (
-                "the reference state is not stable: some displacements or tilts lower its energy, so energies may be "
-                "negative or complex; growth holds the imaginary part"
+                f"the reference state is not stable{where}: some displacements or tilts lower its energy, so energies "
+                "may be negative or complex; growth holds the imaginary part"
             )
         return dataset
 
@@ -364,12 +378,15 @@ class Coupled(Property):
             spread = None if f"{name}_std" not in dataset else float(dataset[f"{name}_std"].values[place])
             rows.append(Row(f"highest {label} without coupling", float(values[place]), "meV", spread))
         if float(dataset["instability"]) < 0:
-            rows.append(Row("not stable, fastest growth on the path", float(dataset["growth"].max()), "meV"))
-        rows.append(Row("largest change by coupling", _largest_shift(dataset), "meV"))
-        gaps = dataset["gap"].values
+            growth, spread = derived(dataset, lambda d: float(d["growth"].max()))
+            rows.append(Row("not stable, fastest growth on the path", growth, "meV", spread))
+        shift, spread = derived(dataset, _largest_shift)
+        rows.append(Row("largest change by coupling", shift, "meV", spread))
+        gaps, members, count = dataset["gap"].values, dataset["gap_members"].values, dataset.sizes.get("member", 1)
         order = np.argsort(-np.where(np.isfinite(gaps), gaps, -1.0), axis=None)
         met = int(np.isfinite(gaps).sum())
-        rows.append(Row("crossings on the path", str(met)))
+        some = int(((members > 0) & (members < count)).sum())
+        rows.append(Row("crossings on the path", f"{met}, {some} of them not in every member" if some else str(met)))
         found: dict[str, Row] = {}
         for flat in order[:met]:
             place = np.unravel_index(int(flat), gaps.shape)
@@ -377,9 +394,10 @@ class Coupled(Property):
                 break
             q = ", ".join(f"{x:.3f}" for x in dataset["gap_q"].values[place])
             energy = float(dataset["gap_energy"].values[place])
-            spread = None if "gap_std" not in dataset else float(dataset["gap_std"].values[place])
+            spread = None if members[place] < 2 else float(dataset["gap_std"].values[place])
             segment = str(dataset["segment"].values[place[0]]).replace("G", "Γ")
             label = f"gap on {segment} at q = ({q}), {energy:.2f} meV"
+            label += "" if members[place] == count else f", in {members[place]} of {count} members"
             found.setdefault(label, Row(label, float(gaps[place]), "meV", spread))
         return [*rows, *found.values()]
 

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import xarray as xr
 from ase import Atoms
 from numpy.typing import NDArray
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, of_members, option, over_members, spread_of, variable
 from .conventions import BOLTZMANN, G_FACTOR, HBAR
 from .errors import CalculatorError, MomentError, OptionError
 from .exchange import SMALLEST_MOMENT, Exchange
@@ -44,6 +44,7 @@ TIME_STEP = 0.08
 DAMPING = 0.5
 ORDERED = 0.6
 """A Binder cumulant above this at the highest temperature means that the order was never lost."""
+TEMPERATURES = ("tc_mean_field", "tc_rpa", "tc_peak", "tc_binder")
 FIELDS = ("order", "susceptibility", "heat", "binder", "energy")
 MEASURED = {("Fe", 229): (1043.0, "bcc Fe"), ("Ni", 225): (627.0, "fcc Ni"), ("CrN", 225): (280.0, "CrN")}
 """Measured ordering temperatures in K by primitive formula and space group."""
@@ -113,21 +114,27 @@ class Curie(Property):
     options_type: ClassVar[type[Options]] = CurieOptions
     soc = False
 
+    def __init__(self, options: Options | None = None, **named: Any) -> None:
+        super().__init__(options, **named)
+        self._temperatures: Array | None = None
+
+    def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Curie":
+        """Return a property whose temperatures, where none are given, are those of the first member for all."""
+        return Curie(self.options)
+
     def run(self, structure: Atoms, calculator: Any, *args: Any, **named: Any) -> xr.Dataset:
         """Compute the property, with the first member of a committee alone unless the whole is asked for."""
         asked = calculator if isinstance(calculator, SpinCalculator) else SpinCalculator(calculator)
         return super().run(structure, asked if self.options.committee else asked.members[0], *args, **named)
 
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
-        """Refuse orders that are not collinear, and calculators without gradients."""
+        """Refuse orders that are not collinear, and the spin model where its engine is missing."""
         super().check(atoms, calculator)
         moments = moments_of(atoms)
         if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no magnetic order; give moments in µB")
         if not Pattern.of(moments).collinear:
             raise MomentError("an ordering temperature is that of a collinear order; give moments along one axis")
-        if not calculator.has("evaluate_spins") and not calculator.has("magnetic_forces"):
-            raise CalculatorError("sampling needs a calculator that gives magnetic_forces, or evaluate_spins")
         if "model" in self.options.ways and not spirit_is_installed():
             raise CalculatorError(
                 "the spin model is sampled with Spirit, which is not installed; "
@@ -152,9 +159,13 @@ class Curie(Property):
             mag_symprec=options.mag_symprec,
         ).run(with_moments(cell, moments), calculator, progress)
         mean_field = float(exchange["tc_mean_field"])
-        if not options.temperatures and not np.isfinite(mean_field):
-            raise OptionError("the exchange gives no temperature to start from; give --temperatures in K")
-        temperatures = np.array(options.temperatures or np.round(mean_field * np.array(AUTO)), dtype=float)
+        if self._temperatures is None:
+            if not options.temperatures and not (np.isfinite(mean_field) and float(exchange["J_zero"]) > 0):
+                reason = exchange.attrs.get("note", "there is no exchange")
+                raise OptionError(f"no temperature to start from, as {reason}; give --temperatures in K")
+            given = options.temperatures or np.round(mean_field * np.array(AUTO))
+            self._temperatures = np.array(given, dtype=float)
+        temperatures = self._temperatures
 
         runs: list[tuple[str, int, int]] = []
         tables: list[list[Statistics]] = []
@@ -179,8 +190,8 @@ class Curie(Property):
                     part = calculator.part(
                         "walk",
                         key,
-                        lambda a=ask, w=way, s=size, t=temperature, n=stage, i=k: a(  # type: ignore[misc]
-                            w, s, float(t), cell, moments, exchange, calculator, i, lambda d, f: progress(n, d, f)
+                        lambda a=ask, w=way, s=size, t=temperature, n=stage, i=k, y=key: a(  # type: ignore[misc]
+                            w, s, float(t), cell, moments, exchange, calculator, i, y, lambda d, f: progress(n, d, f)
                         ),
                     )
                     found.append(part)
@@ -205,6 +216,7 @@ class Curie(Property):
         exchange: xr.Dataset,
         calculator: SpinCalculator,
         index: int,
+        key: dict[str, Any],
         tell: Callable[[int, int], None],
     ) -> dict[str, Array]:
         """Walk in the potential itself; the order vector is Σ σ_i m_i over Σ |m_i| of the reference."""
@@ -228,7 +240,13 @@ class Curie(Property):
         with warnings.catch_warnings():
             # how far the moments reach is recorded; a warning at every step of a walk would say it a hundred times
             warnings.simplefilter("ignore", UserWarning)
-            found = walk.run(int(np.ceil(BURN * options.trajectories)), options.trajectories, options.steps, tell)
+            found = walk.run(
+                int(np.ceil(BURN * options.trajectories)),
+                options.trajectories,
+                options.steps,
+                tell,
+                lambda block, ask: calculator.part("trajectories", {**key, "block": block}, ask),
+            )
         signs = np.sign(repeated[box.magnetic] @ Pattern.of(moments).axis)
         total = np.linalg.norm(repeated[box.magnetic], axis=1).sum()
         return {
@@ -249,6 +267,7 @@ class Curie(Property):
         exchange: xr.Dataset,
         calculator: SpinCalculator,
         index: int,
+        key: dict[str, Any],
         tell: Callable[[int, int], None],
     ) -> dict[str, Array]:
         """Walk in the spin model with Spirit."""
@@ -325,6 +344,7 @@ class Curie(Property):
             data[f"{key}_error"] = variable("way", np.array([e for _, e in found]), "K", f"{text}, standard error")
         for key in ("tc_mean_field", "tc_rpa"):
             data[key] = exchange[key].variable
+        data["moment"] = variable((), lengths[magnetic].mean(), "µB", "mean |m| of the reference")
         data["thermal_energy"] = variable("temperature", kt * 1e3, "meV", "kT")
         measured = measured_temperature(cell)
         data["tc_measured"] = variable((), measured[0], "K", "measured ordering temperature, NaN where none is known")
@@ -338,18 +358,30 @@ class Curie(Property):
         attrs = {
             "primitive_cell": cell.cell[:].tolist(),
             "measured": measured[1],
-            "moment": float(lengths[magnetic].mean()),
+            "ordering": str(exchange.attrs["ordering"]),
+            **({"note": exchange.attrs["note"]} if "note" in exchange.attrs else {}),
         }
         return xr.Dataset(data, coords, attrs)
 
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
+        """Average over the members that have a temperature, and the statistical errors as those of a mean."""
+        dataset = over_members(dataset, TEMPERATURES)
+        for name in (*FIELDS, "tc_peak", "tc_binder"):
+            if f"{name}_member" in dataset:
+                errors = dataset[f"{name}_error_member"].values
+                finite = np.isfinite(errors)
+                total = np.sqrt((np.where(finite, errors, 0.0) ** 2).sum(axis=0))
+                count = finite.sum(axis=0)
+                mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+                dataset[f"{name}_error"] = dataset[f"{name}_error"].copy(data=mean)
+        return dataset
+
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return the ordering temperatures side by side."""
-        rows = [
-            Row("moment of the reference", float(dataset.attrs["moment"]), "µB"),
-            Row("mean field of J", float(dataset["tc_mean_field"]), "K", spread_of(dataset, "tc_mean_field")),
-        ]
-        if np.isfinite(float(dataset["tc_rpa"])):
-            rows.append(Row("RPA of J", float(dataset["tc_rpa"]), "K", spread_of(dataset, "tc_rpa")))
+        rows = [Row("moment of the reference", float(dataset["moment"]), "µB", spread_of(dataset, "moment"))]
+        for key, label in (("tc_mean_field", f"mean field of J, {dataset.attrs['ordering']}"), ("tc_rpa", "RPA of J")):
+            if np.isfinite(float(dataset[key])):
+                rows.append(Row(label + of_members(dataset, key), float(dataset[key]), "K", spread_of(dataset, key)))
         names = {
             "model": "spin model of J",
             "directions": "potential, directions",
@@ -367,6 +399,9 @@ class Curie(Property):
                     f"above {dataset['temperature'].values[-1]:g}, still ordered there" if ordered else "none seen"
                 )
                 text = f"{value:.0f} ± {error:.0f}" if np.isfinite(value) else nothing
+                if np.isfinite(value) and f"{key}_std" in dataset:
+                    spread, some = float(dataset[f"{key}_std"][k]), of_members(dataset, key, way=k)
+                    text = f"{text} (statistics) ± {spread:.0f} (members){some}"
                 used = f"{sizes[-1]}" if key == "tc_peak" else f"{sizes[-2]} and {sizes[-1]}"
                 rows.append(Row(f"{names[str(way)]}, {label}, {used} moments", text, "K"))
         if np.isfinite(float(dataset["tc_measured"])):
@@ -374,11 +409,9 @@ class Curie(Property):
         for run in range(dataset.sizes["run"]):
             low, high = float(dataset["acceptance"][run].min()), float(dataset["acceptance"][run].max())
             label = f"{names[str(dataset['run_way'].values[run])]}, {dataset['run_atoms'].values[run]} moments"
-            ends = "  ".join(f"{x:.2f}" for x in dataset["order"].values[run])
-            rows.append(Row(f"M(T), {label}", ends))
+            rows.append(Row(f"M(T), {label}", _series(dataset, "order", run)))
             if np.isfinite(low):
-                lengths = "  ".join(f"{x:.2f}" for x in dataset["length"].values[run])
-                rows.append(Row(f"|m|(T), {label}", lengths, "µB"))
+                rows.append(Row(f"|m|(T), {label}", _series(dataset, "length", run), "µB"))
                 rows.append(Row(f"accepted, {label}", f"{low:.2f} to {high:.2f}"))
         return rows
 
@@ -387,6 +420,14 @@ class Curie(Property):
         from .plot import plot_curie
 
         return plot_curie(dataset)
+
+
+def _series(dataset: xr.Dataset, name: str, run: int) -> str:
+    """Return the values of one run at all temperatures, each with its committee spread."""
+    values = [f"{x:.2f}" for x in dataset[name].values[run]]
+    if f"{name}_std" in dataset:
+        values = [f"{x} ± {s:.2f}" for x, s in zip(values, dataset[f"{name}_std"].values[run], strict=True)]
+    return "  ".join(values)
 
 
 def measured_temperature(cell: Atoms) -> tuple[float, str]:

@@ -358,6 +358,10 @@ class Elastic(Property):
         progress("second derivatives", 1, 1)
         raw = np.array([lagrangian(answers[k][0] / volume, stress) for k in levels]) * GPA
         constants = np.array([_symmetric(c, group) for c in raw])
+        held = raw[-1]
+        if soc and mode == "full":
+            followed, _ = expand(atoms, calculator, "magnitudes", True, blocks).followed()
+            held = lagrangian(followed / volume, stress) * GPA
         stress = group.tensor(stress) * GPA
         coefficients = np.array([birch(c, stress) for c in constants])
         data = _variables(constants, coefficients, stress, atoms, frame)
@@ -396,7 +400,8 @@ class Elastic(Property):
         pattern = Pattern.of(moments) if np.abs(moments).max() > ZERO_MOMENT else None
         if soc and pattern is not None and pattern.collinear:
             local = pattern_symmetry(atoms, pattern.along, self.options.symprec, self.options.mag_symprec)
-            data |= self._magnetoelastic(atoms, calculator, pattern, local, levels, constants, progress)
+            steady = np.array([*coefficients[:-1], birch(_symmetric(held, group), stress)])
+            data |= self._magnetoelastic(atoms, calculator, pattern, local, levels, steady, progress)
         coords = _coordinates(atoms, list(levels), frame)
         attrs = {"system": system, "symmetry_used": group.group, "rotations": len(group.rotations)}
         return xr.Dataset(data, coords, attrs)
@@ -466,10 +471,15 @@ class Elastic(Property):
         pattern: Pattern,
         local: PatternSymmetry,
         levels: dict[str, tuple[MomentMode, bool]],
-        constants: Array,
+        coefficients: Array,
         progress: Progress,
     ) -> dict[str, xr.Variable]:
-        """Return the magnetoelastic constants from ∂²E/∂ε∂n of the pattern turned rigidly, ions and |m| following."""
+        """Return the magnetoelastic constants from ∂²E/∂ε∂n of the pattern turned rigidly, ions and |m| following.
+
+        T is a change of Cauchy's stress, so the strain that takes it back under a constant load is ``-B⁻¹ T``, with the
+        stress-strain coefficients B (levels, 6, 6) in GPa at directions of the moments that are held: the softening by
+        moments that turn with a strain is no part of the strain at given directions.
+        """
         points, weights = lebedev_rule(DEGREE)
         upper = [k for k, n in enumerate(points.T) if tuple(np.sign(np.round(n[::-1], 9))) > (0, 0, 0)]
         n_local, weights = points.T[upper], weights[upper]
@@ -490,7 +500,7 @@ class Elastic(Property):
             progress("magnetoelastic", b + 1, len(directions))
         volume = atoms.get_volume()
         tensors = np.array([projected(n_local, weights, s / volume) for s in slopes])
-        stiffness = np.array([to_voigt_frame @ c @ to_voigt_frame.T for c in constants]) / GPA
+        stiffness = np.array([to_voigt_frame @ c @ to_voigt_frame.T for c in coefficients]) / GPA
         data = {
             "magnetoelastic_tensor": variable(
                 ("level", "strain", "frame_axis", "frame_axis_2"),

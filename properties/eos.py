@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.optimize import brentq, least_squares
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, derived, option, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
@@ -362,7 +363,7 @@ class EquationOfState(Property):
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return fits and transitions as a short table."""
         rows = [Row("ground state", dataset.attrs["ground_state"])]
-        ground = float(dataset["E0"].sel(fit=FITS[0]).min())
+        ground = dataset.attrs["ground_state"]
         for state in dataset["state"].values:
             where = {"state": state, "fit": FITS[0]}
             for key, label in (("V0", "V0"), ("B0", "B0"), ("B0_prime", "B0'")):
@@ -375,23 +376,16 @@ class EquationOfState(Property):
                         spread_of(dataset, key, **where),
                     )
                 )
-            rows.append(Row(f"{state} B0, Vinet", float(dataset["B0"].sel(state=state, fit="vinet")), "GPa"))
+            vinet = {"state": state, "fit": "vinet"}
             rows.append(
-                Row(
-                    f"{state} E0 above {dataset.attrs['ground_state']}",
-                    1e3 * (float(dataset["E0"].sel(**where)) - ground),
-                    "meV/atom",
-                )
+                Row(f"{state} B0, Vinet", float(dataset["B0"].sel(**vinet)), "GPa", spread_of(dataset, "B0", **vinet))
             )
+            if state != ground:
+                above, spread = derived(dataset, partial(_above, state=state, ground=ground))
+                rows.append(Row(f"{state} E0 above {ground}", above, "meV/atom", spread))
             if state != "nm":
-                curve = dataset["moment"].sel(state=state)
-                rows.append(
-                    Row(
-                        f"{state} |m| at V0",
-                        float(np.interp(float(dataset["V0"].sel(**where)), dataset["volume"], curve)),
-                        "µB",
-                    )
-                )
+                moment, spread = derived(dataset, partial(_moment_at_rest, state=state))
+                rows.append(Row(f"{state} |m| at V0", moment, "µB", spread))
             if state != "nm" and float(dataset["moment"].sel(state=state).min()) < VANISHED:
                 rows.append(Row(f"{state} moments", "vanish at some volumes"))
             if not dataset["order_kept"].sel(state=state).values.all():
@@ -442,6 +436,16 @@ def transition(a: Fit, b: Fit, low: float, high: float) -> tuple[float, float, f
     if not np.isfinite(pressure):
         return np.nan, np.nan, np.nan, same
     return pressure, volume_at(a, pressure), volume_at(b, pressure), same
+
+
+def _above(dataset: xr.Dataset, state: str, ground: str) -> float:
+    energies = dataset["E0"].sel(fit=FITS[0])
+    return 1e3 * float(energies.sel(state=state) - energies.sel(state=ground))
+
+
+def _moment_at_rest(dataset: xr.Dataset, state: str) -> float:
+    volume = float(dataset["V0"].sel(state=state, fit=FITS[0]))
+    return float(np.interp(volume, dataset["volume"], dataset["moment"].sel(state=state)))
 
 
 def _at_volume(atoms: Atoms, volume: float) -> Atoms:

@@ -9,25 +9,33 @@ import spglib
 import xarray as xr
 from ase import Atoms
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .conventions import BOLTZMANN
-from .errors import CalculatorError, MomentError, OptionError
+from .errors import MomentError, OptionError, StructureError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .spiral import primitive_cell
-from .supercell import SAME_DISTANCE, Pairs, Supercell, grown, tilts, transverse
+from .spiral import canonical, frozen_stiffness, primitive_cell
+from .supercell import Pairs, Supercell, grown, tilts, transverse
 from .symmetry import Pattern, band_path, pattern_symmetry, shortest_rotation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
+# a rotation, Cartesian and fractional, the image of each magnetic site, and the cell that the image is in
+Operation = tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 CHUNK = 64
 """Spin configurations evaluated at once."""
 SMALLEST_MOMENT = 0.01
 """A site with less, in µB, takes no part in the spin model."""
+ROUNDING = 1e-9
+"""Anisotropic terms below this, in meV, are zero."""
 CONES = (5.0, 20.0, 60.0, 180.0)
+_SIMPLEX = np.concatenate([np.zeros((1, 3)), np.eye(3)])
 LEVI_CIVITA = np.array(
     [[[0, 0, 0], [0, 0, 1], [0, -1, 0]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]], [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]],
     dtype=float,
@@ -47,8 +55,9 @@ class ExchangeOptions(Options):
     seed : of the random states.
     path : special points of J(q); ``auto`` is the path of the Bravais lattice.
     points : wave vectors along the path.
-    mesh : points per direction of the mesh of the RPA average.
-    biquadratic : shells, the nearest first, whose biquadratic exchange is fitted to the random states.
+    mesh : points per direction of the meshes of the RPA average and of the largest J(q).
+    biquadratic : shells, the nearest first, whose biquadratic exchange is fitted to the random states; none are where
+        the reference is not collinear.
     """
 
     tolerance: float = option(1e-3, "largest |J| left beyond the supercell's unique images, relative to the largest")
@@ -58,7 +67,7 @@ class ExchangeOptions(Options):
     seed: int = option(0, "seed of the random states")
     path: str = option("auto", "special points of J(q); auto is the path of the Bravais lattice")
     points: int = option(101, "wave vectors along the path")
-    mesh: int = option(24, "points per direction of the mesh of the RPA average")
+    mesh: int = option(24, "points per direction of the meshes of the RPA average and of the largest J(q)")
     biquadratic: int = option(2, "nearest shells whose biquadratic exchange is fitted to the random states; 0 for none")
 
     def __post_init__(self) -> None:
@@ -104,10 +113,23 @@ class Reference:
         """Atoms that take part."""
         return np.flatnonzero(np.abs(self.along) >= SMALLEST_MOMENT)
 
-    @property
-    def pattern(self) -> Array:
-        """What symmetry keeps: signed lengths (N,) where collinear, moments (N, 3) where not."""
-        return self.along if self.collinear else self.moments
+    def operations(self, soc: bool, symprec: float, mag_symprec: float) -> list[Operation]:
+        """Return the symmetry operations of crystal and reference.
+
+        The axis of collinear moments turns freely, because tensors are put together from several of its directions;
+        without spin-orbit coupling so do other moments, and only the angles between them count.
+        """
+        if self.collinear:
+            return _operations(self.cell, self.sites, self.along, symprec, mag_symprec)
+        if soc:
+            return _operations(self.cell, self.sites, self.moments, symprec, mag_symprec)
+        units = self.directions[self.sites]
+        cosines = units @ units.T
+        return [
+            operation
+            for operation in _operations(self.cell, self.sites, np.abs(self.along), symprec, mag_symprec)
+            if np.abs(cosines[np.ix_(operation[2], operation[2])] - cosines).max() < 1e-3
+        ]
 
     def turns(self, symprec: float, mag_symprec: float) -> Array:
         """Return rotations of the whole reference that together show all components of a tensor, shape (K, 3, 3)."""
@@ -135,10 +157,8 @@ class Exchange(Property):
         self._repeats = repeats
 
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
-        """Refuse references that are no collinear order, and calculators that give energies alone."""
+        """Refuse structures without moments."""
         super().check(atoms, calculator)
-        if not calculator.has("evaluate_spins") and not calculator.has("magnetic_forces"):
-            raise CalculatorError("exchange needs a calculator that gives magnetic_forces, or evaluate_spins")
         moments = moments_of(atoms)
         if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no exchange; give moments in µB")
@@ -208,12 +228,16 @@ class Exchange(Property):
             values = (target * column).sum(axis=1) / (column**2).sum(axis=1)
             tensor = values[:, None, None] * np.eye(3)
         misfit = np.abs(target - np.einsum("pnk,pk->pn", design, tensor.reshape(-1, 9))).max(initial=0.0)
-        symmetric = symmetrised(tensor, pairs, cell, sites, reference.pattern, *tolerances)
+        operations = reference.operations(soc, *tolerances)
+        symmetric = symmetrised(tensor, pairs, operations)
         removed = float(np.abs(symmetric - tensor).max(initial=0.0))
         onsite, offset = self._onsite(fields, symmetric, pairs, soc)
-        onsite = symmetrised_sites(onsite, cell, sites, reference.pattern, *tolerances)
+        onsite = symmetrised_sites(onsite, operations)
         model = SpinModel(cell, sites, pairs, symmetric, onsite)
-        return self._dataset(model, box, calculator, reference, len(turns), left, misfit, removed, offset, progress)
+        shells = shells_of(model, *orbits(pairs, operations))
+        return self._dataset(
+            model, shells, operations, box, calculator, reference, len(turns), left, misfit, removed, offset, progress
+        )
 
     @staticmethod
     def _onsite(
@@ -260,6 +284,8 @@ class Exchange(Property):
     def _dataset(
         self,
         model: "SpinModel",
+        shells: list["Shell"],
+        operations: list[Operation],
         box: Supercell,
         calculator: SpinCalculator,
         reference: "Reference",
@@ -278,15 +304,21 @@ class Exchange(Property):
         isotropic = np.trace(tensor, axis1=1, axis2=2) / 3
         dmi = 0.5 * np.einsum("cab,pab->pc", LEVI_CIVITA, tensor)
         distance = np.linalg.norm(pairs.vector, axis=1)
-        shells = model.shells()
         symbols = np.array(cell.get_chemical_symbols())
         q, position, labels = band_path(cell, self.options.path, self.options.points)
-        eigen = np.array([np.linalg.eigvalsh(model.isotropic_at(x))[-1] for x in q])
-        zero = model.isotropic_at(np.zeros(3)).real
-        strongest = float(np.linalg.eigvalsh(zero)[-1])
+        eigen = np.linalg.eigvalsh(model.isotropic_at(q))[:, -1]
+        rotations = np.array([o[0] for o in operations])
+        ordering, strongest = self._ordering(model, q, rotations)
+        favoured = not ordering.any() and _favours(model.isotropic_at(np.zeros((1, 3)))[0].real, units)
         data: dict[str, Any] = {
             "tensor": variable(("pair", "xyz", "xyz_2"), tensor * milli, "meV", "exchange tensor J_ij"),
             "J": variable("pair", isotropic * milli, "meV", "isotropic exchange, a third of the trace"),
+            "anisotropic": variable(
+                ("pair", "xyz", "xyz_2"),
+                ((tensor + tensor.transpose(0, 2, 1)) / 2 - isotropic[:, None, None] * np.eye(3)) * milli,
+                "meV",
+                "symmetric anisotropic exchange, traceless",
+            ),
             "D": variable(("pair", "xyz"), dmi * milli, "meV", "Dzyaloshinskii-Moriya vector of -Σ D·(e_i×e_j)"),
             "single_ion": variable(
                 ("site", "xyz", "xyz_2"), model.onsite * milli, "meV", "single-ion tensor A of -Σ e·A·e, traceless"
@@ -312,14 +344,21 @@ class Exchange(Property):
                 "Σ_j J_ij e_i·e_j of the reference, mean over sites",
             ),
             "tc_mean_field": variable(
-                (), 2 / 3 * strongest / BOLTZMANN if strongest > 0 else np.nan, "K", "mean-field ordering temperature"
+                (),
+                2 / 3 * strongest / BOLTZMANN if strongest > 0 else np.nan,
+                "K",
+                "mean-field ordering temperature, from the largest eigenvalue of J(q) at any q",
+            ),
+            "ordering_q": variable(
+                "xyz", ordering, "1", "where that eigenvalue is, reciprocal lattice of the primitive cell"
             ),
             "tc_rpa": variable(
-                (), self._rpa(model, units), "K", "RPA Curie temperature, NaN but for one ferromagnetic site"
+                (),
+                self._rpa(model, np.sign(along[sites])) if reference.collinear else np.nan,
+                "K",
+                "RPA ordering temperature of the reference, NaN where it is not collinear or not the lowest state",
             ),
-            "stiffness": variable(
-                (), self._stiffness(model, units, lengths), "meV Å²", "spin-wave stiffness, NaN but for ferromagnets"
-            ),
+            **self._stiffness(model, reference, lengths, calculator),
             "left_out": variable(
                 (), left * milli, "meV", "largest |J| at pairs beyond the unique images of the supercell"
             ),
@@ -347,9 +386,13 @@ class Exchange(Property):
             ),
             "shell_distance": variable("shell", np.array([s.distance for s in shells]), "Å", "distance of the shell"),
             "shell_count": variable(
-                "shell", np.array([s.count for s in shells]), "1", "neighbours of one first atom in the shell"
+                ("shell", "end"), np.array([s.count for s in shells]), "1", "neighbours of one atom of either end"
             ),
             "shell_pair": variable("shell", np.array([s.label for s in shells]), "1", "elements of the shell"),
+            "shell_cosine": variable(
+                "shell", np.array([cosines[s.pairs].mean() for s in shells]), "1", "mean e_i·e_j of the reference"
+            ),
+            "end": variable("end", np.array(["first", "second"]), "1", "end of a pair"),
             "q": variable(("wave", "xyz"), q, "1", "wave vector in the reciprocal lattice of the primitive cell"),
             "position": variable("wave", position, "1/Å", "place along the path"),
             "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or lattice vector"),
@@ -357,7 +400,7 @@ class Exchange(Property):
         }
         if self.options.states:
             coords["cone"] = variable("cone", np.array(CONES), "degree", "largest angle to the reference")
-            data.update(self._compare(model, calculator, reference.moments, progress))
+            data.update(self._compare(model, shells, calculator, reference.moments, progress))
         attrs: dict[str, Any] = {
             "primitive_cell": cell.cell[:].tolist(),
             "supercell": list(box.repeats),
@@ -367,45 +410,105 @@ class Exchange(Property):
             "collinear": "yes" if reference.collinear else "no",
             "path_labels": [list(x) for x in labels],
         }
-        best = int(np.argmax(eigen))
-        if eigen[best] > strongest + 1e-6:
-            place = ", ".join(f"{x:.3g}" for x in q[best])
-            attrs["note"] = (
-                f"the reference is not the lowest state of this exchange: J(q) is largest at q = ({place}), by "
-                f"{(eigen[best] - strongest) * milli:.3g} meV"
-            )
+        attrs["favoured"] = "yes" if favoured else "no"
         return xr.Dataset(data, coords, attrs)
 
-    def _rpa(self, model: "SpinModel", units: Array) -> float:
-        """Return the RPA Curie temperature of one ferromagnetic sublattice, K: k_B T = ⅔ / <1/(J(0) - J(q))>."""
-        if len(units) != 1:
-            return np.nan
-        zero = float(model.isotropic_at(np.zeros(3))[0, 0].real)
+    def _ordering(self, model: "SpinModel", q: Array, rotations: Array) -> tuple[Array, float]:
+        """Return the wave vector of the largest eigenvalue of J(q), from path and mesh, refined, and that in eV."""
+        steps = np.arange(self.options.mesh) / self.options.mesh
+        mesh = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+        everything = np.concatenate([np.zeros((1, 3)), mesh, q])
+        values = np.concatenate(
+            [np.linalg.eigvalsh(model.isotropic_at(part))[:, -1] for part in np.array_split(everything, 16)]
+        )
+        scale = max(float(np.abs(values).max()), 1e-300)
+        best = int(np.argmax(np.round(values / scale, 9)))
+        found, value = everything[best], float(values[best])
+
+        def largest(x: Array) -> float:
+            return float(np.linalg.eigvalsh(model.isotropic_at(x[None]))[0, -1])
+
+        simplex = found + 0.5 / self.options.mesh * _SIMPLEX
+        refined = minimize(
+            lambda x: -largest(x) / scale,
+            found,
+            method="Nelder-Mead",
+            options={"xatol": 1e-7, "fatol": 1e-14, "initial_simplex": simplex},
+        ).x
+        # along directions in which J(q) is flat the mesh is as good
+        for axis in range(3):
+            trial = refined.copy()
+            trial[axis] = found[axis]
+            if largest(trial) >= largest(refined) - 1e-7 * scale:
+                refined = trial
+        if largest(refined) > value + 1e-7 * scale:
+            found, value = refined, largest(refined)
+        if value - values[0] <= 1e-6 * scale:
+            return np.zeros(3), float(values[0])
+        return canonical(found, model.cell, rotations), value
+
+    def _rpa(self, model: "SpinModel", signs: Array) -> float:
+        """Return the RPA ordering temperature of collinear classical spins in K.
+
+        With ⟨e_i⟩ = σ_i a_i, ``A(q) = diag(f) - J(q)`` and ``f_i = Σ_j J_ij σ_i σ_j a_j / a_i``, it is
+        ``k_B T = ⅔ / ⟨A⁻¹⟩_ii``, the same for all sites i, which fixes the a_i; ``⅔ / ⟨1/(J(0) - J(q))⟩`` for one site.
+        """
         sizes = [self.options.mesh, 3 * self.options.mesh // 2, 2 * self.options.mesh]
+        zero = model.isotropic_at(np.zeros((1, 3)))[0].real * np.outer(signs, signs)
+        shares = np.ones(len(signs))
         averages = []
         for size in sizes:
             steps = (np.arange(size) + 0.5) / size
             q = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-            gap = zero - model.scalar_at(q)
-            if gap.min() <= 0:
+            if not size % 2:
+                # q and -q are alike
+                q = q[: len(q) // 2]
+            for _ in range(60):
+                field = zero @ shares / shares
+                inverses = np.zeros(len(signs))
+                for part in np.array_split(q, len(q) // 4096 + 1):
+                    values, vectors = np.linalg.eigh(np.diag(field) - model.isotropic_at(part))
+                    if values.min() <= 0:
+                        return np.nan
+                    inverses += np.einsum("qik,qk->i", np.abs(vectors) ** 2, 1 / values) / len(q)
+                if np.ptp(inverses) <= 1e-8 * inverses.mean():
+                    break
+                shares = shares * np.sqrt(inverses.mean() / inverses)
+            else:
                 return np.nan
-            averages.append(float(np.mean(1 / gap)))
+            averages.append(float(inverses.mean()))
         orders = np.array([[1.0, 1 / n, 1 / n**3] for n in sizes])
         return 2 / 3 / float(np.linalg.solve(orders, averages)[0]) / BOLTZMANN
 
     @staticmethod
-    def _stiffness(model: "SpinModel", units: Array, lengths: Array) -> float:
-        """Return D of ħω = D q² in meV Å² from the lowest magnon at small q, mean over three directions."""
-        if np.any(units @ units[0] < 1 - 1e-6):
-            return np.nan
-        zero = model.isotropic_at(np.zeros(3)).real
+    def _stiffness(
+        model: "SpinModel", reference: "Reference", lengths: Array, calculator: SpinCalculator
+    ) -> dict[str, xr.Variable]:
+        """Return D of ħω = D q² in meV Å², mean over three directions: from the J's, and where it can be without them.
+
+        The sum over J's does not converge with distance; frozen spirals reach as far as the calculator does.
+        """
+        along = reference.along[reference.sites]
+        parallel = reference.collinear and bool(np.all(along * along[0] > 0))
+        text = "spin-wave stiffness, NaN but for ferromagnets"
+        total = Exchange._summed_stiffness(model, lengths) if parallel else np.nan
+        data = {"stiffness_sum": variable((), total, "meV Å²", f"{text}, from the J_ij of the supercell")}
+        if parallel and calculator.soc is False and calculator.has("evaluate_spirals"):
+            tensor = frozen_stiffness(reference.cell, reference.along, reference.directions[0], calculator)
+            value = float(np.trace(tensor)) / 3 * 1e3
+            data["stiffness"] = variable((), value, "meV Å²", f"{text}, from frozen spirals at q to 0")
+        return data
+
+    @staticmethod
+    def _summed_stiffness(model: "SpinModel", lengths: Array) -> float:
+        zero = model.isotropic_at(np.zeros((1, 3)))[0].real
         scale = 4 / np.sqrt(np.outer(lengths, lengths))
         found = []
         for direction in np.eye(3):
             energies, squares = [], []
             for size in (0.01, 0.02, 0.03):
                 q = model.cell.cell[:] @ (size * direction) / (2 * np.pi)
-                matrix = scale * (np.diag(zero.sum(axis=1)) - model.isotropic_at(q))
+                matrix = scale * (np.diag(zero.sum(axis=1)) - model.isotropic_at(q[None])[0])
                 energies.append(float(np.linalg.eigvalsh(matrix)[0]))
                 squares.append(size**2)
             x = np.array(squares)
@@ -413,7 +516,7 @@ class Exchange(Property):
         return float(np.mean(found)) * 1e3
 
     def _compare(
-        self, model: "SpinModel", calculator: SpinCalculator, moments: Array, progress: Progress
+        self, model: "SpinModel", shells: list["Shell"], calculator: SpinCalculator, moments: Array, progress: Progress
     ) -> dict[str, xr.Variable]:
         """Compare the spin model with the calculator on random states of a small supercell, and fit what is missing."""
         rng = np.random.default_rng(self.options.seed)
@@ -423,7 +526,9 @@ class Exchange(Property):
         count, states = len(box.magnetic), self.options.states
         start = calculator.evaluate_spins(box.atoms, reference[None])["energy"][0]
         start_model = model.energy(unit[None], box)[0]
-        shells = model.shells()[: self.options.biquadratic]
+        # (e_i·e_j - σ)² has a second derivative at a reference with σ between -1 and 1, which J_ij there already holds
+        collinear = Pattern.of(moments).collinear
+        shells = shells[: self.options.biquadratic] if collinear else []
         misses, sizes, designs = [], [], []
         for k, cone in enumerate(CONES):
             progress("random states", k, len(CONES))
@@ -476,44 +581,73 @@ class Exchange(Property):
             )
         return data
 
+    def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
+        """Average temperatures over the members that have one, and say so where another state is favoured."""
+        dataset = over_members(dataset, ("tc_mean_field", "tc_rpa"))
+        agreed = "ordering_q_std" not in dataset or float(dataset["ordering_q_std"].max()) < 1e-3
+        place = ", ".join(f"{x:.4g}" for x in dataset["ordering_q"].values)
+        where = f"J(q) is largest at q = ({place})" if agreed else "members find J(q) largest at different q"
+        dataset.attrs["ordering"] = f"q = ({place})" if agreed else "the members of the committee disagree"
+        if not agreed:
+            dataset.attrs["favoured"] = "no"
+        if dataset.attrs["favoured"] == "no":
+            if agreed and not dataset["ordering_q"].values.any():
+                where = "another order of the cell's own moments has a larger J(0)"
+            dataset.attrs["note"] = f"the reference is not the lowest state of this exchange: {where}"
+        return dataset
+
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return shells, temperatures and checks as a short table."""
         rows = [
             Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
             Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
         ]
-        for site, element, moment in zip(
-            dataset["site"].values, dataset["element"].values, dataset["moments"].values, strict=True
-        ):
-            rows.append(Row(f"moment of {element} {site}", float(moment), "µB"))
+        for k, (site, element) in enumerate(zip(dataset["site"].values, dataset["element"].values, strict=True)):
+            spread = None if "moments_std" not in dataset else float(dataset["moments_std"][k])
+            rows.append(Row(f"moment of {element} {site}", float(dataset["moments"][k]), "µB", spread))
         for k in range(min(8, dataset.sizes["shell"])):
-            label = f"J {dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
-            count = int(dataset["shell_count"].values[k])
+            label = f"J {_shell_name(dataset, k)}"
+            here, there = dataset["shell_count"].values[k].tolist()
+            count = f"{here}" if here == there else f"{here} and {there}"
             spread = None if "shell_J_std" not in dataset else float(dataset["shell_J_std"][k])
             rows.append(Row(f"{label}, {count} neighbours", float(dataset["shell_J"][k]), "meV", spread))
-        strongest = np.linalg.norm(dataset["D"].values, axis=1).max(initial=0.0)
-        rows.append(Row("largest |D|", float(strongest), "meV"))
+        strongest = derived(dataset, lambda d: float(np.linalg.norm(d["D"].values, axis=1).max(initial=0.0)))
+        rows.append(Row("largest |D|", strongest[0], "meV", strongest[1]))
+        if np.abs(dataset["anisotropic"]).max() > ROUNDING:
+            symmetric = derived(dataset, lambda d: float(np.abs(np.linalg.eigvalsh(d["anisotropic"])).max(initial=0.0)))
+            rows.append(Row("largest symmetric anisotropic exchange", symmetric[0], "meV", symmetric[1]))
+        for k, (site, element) in enumerate(zip(dataset["site"].values, dataset["element"].values, strict=True)):
+            if np.abs(dataset["single_ion"][k]).max() > ROUNDING:
+                width = derived(dataset, lambda d, k=k: float(np.ptp(np.linalg.eigvalsh(d["single_ion"][k]))))  # type: ignore[misc]
+                rows.append(
+                    Row(f"single-ion anisotropy of {element} {site}, hard less easy", width[0], "meV", width[1])
+                )
         for key, label in (
             ("J_zero", "Σ J of the reference"),
-            ("tc_mean_field", "Tc, mean field"),
+            ("tc_mean_field", f"Tc, mean field, {dataset.attrs['ordering']}"),
             ("tc_rpa", "Tc, RPA"),
-            ("stiffness", "stiffness"),
+            ("stiffness", "stiffness, frozen spirals"),
+            ("stiffness_sum", f"stiffness, J truncated at {dataset.attrs['unique_radius']:.1f} Å"),
             ("left_out", "|J| beyond the supercell"),
             ("symmetry_removed", "removed by symmetry"),
             ("direction_residual", "not common to all axes"),
         ):
-            value = float(dataset[key])
-            if np.isfinite(value):
-                rows.append(Row(label, value, dataset[key].attrs["units"], spread_of(dataset, key)))
+            if key in dataset and np.isfinite(value := float(dataset[key])):
+                rows.append(
+                    Row(label + of_members(dataset, key), value, dataset[key].attrs["units"], spread_of(dataset, key))
+                )
         if "model_error" in dataset:
             for cone in dataset["cone"].values:
-                error, scale = (float(dataset[k].sel(cone=cone)) for k in ("model_error", "model_scale"))
-                text = f"{error:.3g} of {scale:.3g}"
-                if "biquadratic" in dataset:
-                    text += f"; {float(dataset['model_error_biquadratic'].sel(cone=cone)):.3g} with B"
-                rows.append(Row(f"model error at {cone:g}°", text, "meV/magnetic atom"))
+                scale = float(dataset["model_scale"].sel(cone=cone))
+                for key, words in (("model_error", ""), ("model_error_biquadratic", " with B")):
+                    if key in dataset:
+                        label = f"model error{words} at {cone:g}°, of {scale:.3g}"
+                        error = float(dataset[key].sel(cone=cone))
+                        rows.append(Row(label, error, "meV/magnetic atom", spread_of(dataset, key, cone=cone)))
+        if "model_error" in dataset and dataset.attrs["collinear"] == "no":
+            rows.append(Row("biquadratic exchange", "not fitted: J of a non-collinear reference holds a part of it"))
         for k in range(dataset.sizes.get("fitted_shell", 0)):
-            label = f"B {dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
+            label = f"B {_shell_name(dataset, k)}"
             spread = None if "biquadratic_std" not in dataset else float(dataset["biquadratic_std"][k])
             rows.append(Row(label, float(dataset["biquadratic"][k]), "meV", spread))
         return rows
@@ -525,13 +659,29 @@ class Exchange(Property):
         return plot_exchange(dataset)
 
 
+def _favours(zero: Array, units: Array) -> bool:
+    """Say whether unit vectors (n, 3) are among the orders of the largest eigenvalue of J(0), up to their lengths."""
+    values, vectors = np.linalg.eigh(zero)
+    top = vectors[:, values > values[-1] - 1e-6 * max(np.abs(values).max(), 1e-300)]
+    return bool(np.all(np.einsum("ix,ix->i", top @ (top.T @ units), units) > 0))
+
+
+def _shell_name(dataset: xr.Dataset, k: int) -> str:
+    """Return elements and distance of a shell, and whether its moments are parallel where some are not."""
+    name = f"{dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
+    cosines = dataset["shell_cosine"].values
+    if dataset.attrs["collinear"] == "no" or cosines.min() > 0:
+        return name
+    return f"{name} {'parallel' if cosines[k] > 0 else 'antiparallel'}"
+
+
 @dataclass(frozen=True)
 class Shell:
-    """Pairs of the same elements at one distance: mean J in eV, number per first atom, and which they are."""
+    """Symmetry-equivalent pairs: elements, distance in Å, number per atom of either end, mean J in eV, and which."""
 
     label: str
     distance: float
-    count: int
+    count: tuple[int, int]
     mean: float
     pairs: NDArray[np.intp]
 
@@ -561,17 +711,14 @@ class SpinModel:
         return np.asarray(np.exp(2j * np.pi * between @ np.asarray(q).T))
 
     def isotropic_at(self, q: Array) -> NDArray[np.complex128]:
-        """Return the matrix of isotropic J_ij(q) in eV, shape (n, n), q in reciprocal lattice units."""
+        """Return the matrices of isotropic J_ij(q) in eV at wave vectors (Q, 3), shape (Q, n, n)."""
         n = len(self.sites)
-        matrix = np.zeros((n, n), dtype=complex)
-        values = np.trace(self.tensor, axis1=1, axis2=2) / 3 * self._phases(q)
-        np.add.at(matrix, (self.pairs.first, self.pairs.second), values)
-        return matrix
-
-    def scalar_at(self, q: Array) -> Array:
-        """Return J(q) in eV of a single sublattice at many wave vectors (Q, 3), shape (Q,)."""
-        isotropic = np.trace(self.tensor, axis1=1, axis2=2) / 3
-        return np.concatenate([isotropic @ self._phases(part).real for part in np.array_split(q, len(q) // 4096 + 1)])
+        spread = np.zeros((n * n, len(self.tensor)))
+        spread[self.pairs.first * n + self.pairs.second, np.arange(len(self.tensor))] = (
+            np.trace(self.tensor, axis1=1, axis2=2) / 3
+        )
+        parts = [spread @ self._phases(part) for part in np.array_split(q, len(q) // 4096 + 1)]
+        return np.asarray(np.concatenate(parts, axis=1).T.reshape(-1, n, n))
 
     def _ends(self, box: Supercell, pair: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the two ends of a pair in every cell, as magnetic sites of a supercell."""
@@ -591,7 +738,7 @@ class SpinModel:
     def turned(self, spins: Array, reference: Array, box: Supercell, pairs: NDArray[np.intp]) -> Array:
         """Return -Σ (e_i·e_j - σ_ij)² over some pairs of unit spins (S, M, 3), σ that of the reference, shape (S,).
 
-        It has no second derivative at the reference, so J_ij from there stays as it is beside a biquadratic term.
+        It has no second derivative at a collinear reference, so J_ij from there stays as it is beside it.
         """
         result = np.zeros(len(spins))
         for p in pairs:
@@ -600,30 +747,48 @@ class SpinModel:
             result -= ((np.einsum("smx,smx->sm", spins[:, here], spins[:, there]) - signs) ** 2).sum(axis=1)
         return result
 
-    def shells(self) -> list[Shell]:
-        """Return the shells in the order of their distances."""
-        symbols = np.array(self.cell.get_chemical_symbols())[self.sites]
-        distance = np.linalg.norm(self.pairs.vector, axis=1)
-        isotropic = np.trace(self.tensor, axis1=1, axis2=2) / 3
-        found: list[Shell] = []
-        ends = zip(symbols[self.pairs.first], symbols[self.pairs.second], strict=True)
-        labels = np.array(["-".join(sorted(pair)) for pair in ends])
-        for label in sorted(set(labels.tolist())):
-            chosen = np.flatnonzero(labels == label)
-            chosen = chosen[np.argsort(distance[chosen], kind="stable")]
-            breaks = np.flatnonzero(np.diff(distance[chosen]) > 5 * SAME_DISTANCE) + 1
-            for group in np.split(chosen, breaks):
-                firsts = len(set(self.pairs.first[group].tolist()))
-                mean = float(isotropic[group].mean())
-                size = round(len(group) / firsts)
-                found.append(Shell(str(label), float(distance[group].mean()), size, mean, group))
-        return sorted(found, key=lambda s: (round(s.distance, 3), s.label))
+
+def shells_of(model: SpinModel, pair_orbits: NDArray[np.int64], site_orbits: NDArray[np.int64]) -> list[Shell]:
+    """Return the shells of symmetry-equivalent pairs in the order of their distances.
+
+    Parameters
+    ----------
+    model : the spin model.
+    pair_orbits, site_orbits : from `orbits`, shapes (P,) and (n,).
+    """
+    pairs, sites = model.pairs, model.sites
+    names = [str(model.cell.symbols[site]) for site in sites]
+    kinds = {name: {int(k) for other, k in zip(names, site_orbits, strict=True) if other == name} for name in names}
+    labels = [
+        name if len(kinds[name]) == 1 else f"{name}{sites[int(np.flatnonzero(site_orbits == orbit)[0])]}"
+        for name, orbit in zip(names, site_orbits, strict=True)
+    ]
+    distance = np.linalg.norm(pairs.vector, axis=1)
+    isotropic = np.trace(model.tensor, axis1=1, axis2=2) / 3
+    found = []
+    for orbit in np.unique(pair_orbits):
+        group = np.flatnonzero(pair_orbits == orbit)
+        ends = sorted({(labels[i], int(site_orbits[i])) for i in pairs.first[group]})
+        counts = [
+            int((site_orbits[pairs.first[group]] == kind).sum()) // int((site_orbits == kind).sum()) for _, kind in ends
+        ]
+        label = "-".join([ends[0][0], ends[-1][0]])
+        found.append(
+            Shell(
+                label,
+                float(distance[group].mean()),
+                (counts[0], counts[-1]),
+                float(isotropic[group].mean()),
+                np.asarray(group, dtype=np.intp),
+            )
+        )
+    return sorted(found, key=lambda s: (round(s.distance, 3), s.label, int(s.pairs[0])))
 
 
 def _operations(
     cell: Atoms, sites: NDArray[np.intp], pattern: Array, symprec: float, mag_symprec: float
-) -> list[tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Return each operation as rotation (Cartesian and fractional), image of each magnetic site, and its cell."""
+) -> list[Operation]:
+    """Return the operations that keep signed lengths (N,) up to a global sign, or moments (N, 3)."""
     scaled = cell.get_scaled_positions(wrap=False)
     found = spglib.get_magnetic_symmetry(
         (cell.cell[:], scaled, cell.numbers, pattern),
@@ -631,6 +796,8 @@ def _operations(
         mag_symprec=mag_symprec,
         is_axial=pattern.ndim == 2,
     )
+    if found is None:
+        raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
     operations = []
     to_cartesian = cell.cell[:].T
     for w, t in zip(found["rotations"], found["translations"], strict=True):
@@ -646,45 +813,48 @@ def _operations(
     return operations
 
 
-def symmetrised(
-    tensor: Array,
-    pairs: Pairs,
-    cell: Atoms,
-    sites: NDArray[np.intp],
-    pattern: Array,
-    symprec: float,
-    mag_symprec: float,
-) -> Array:
-    """Average pair tensors over the symmetry of crystal and reference, and over J_ji = J_ijᵀ.
-
-    Parameters
-    ----------
-    tensor : shape (P, 3, 3).
-    pairs, cell, sites : what they belong to.
-    pattern : moments in µB, along their common axis, shape (N,), or (N, 3).
-    symprec, mag_symprec : tolerances in Å and µB.
-    """
-    index = {key: k for k, key in enumerate(pairs.keys())}
+def symmetrised(tensor: Array, pairs: Pairs, operations: list[Operation]) -> Array:
+    """Average pair tensors (P, 3, 3) over symmetry operations, and over J_ji = J_ijᵀ."""
     total, count = np.zeros_like(tensor), np.zeros(len(tensor))
-    for rotation, w, target, shift in _operations(cell, sites, pattern, symprec, mag_symprec):
-        first, second = target[pairs.first], target[pairs.second]
-        moved = pairs.shift @ w.T + shift[pairs.second] - shift[pairs.first]
+    for operation in operations:
+        rotation = operation[0]
         turned = np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
-        keys = Pairs(first, second, moved, pairs.vector).keys()
-        reverse = Pairs(second, first, -moved, pairs.vector).keys()
-        for names, values in ((keys, turned), (reverse, turned.transpose(0, 2, 1))):
-            rows = np.array([index.get(name, -1) for name in names], dtype=int)
+        for rows, values in zip(_images(pairs, operation), (turned, turned.transpose(0, 2, 1)), strict=True):
             good = rows >= 0
             np.add.at(total, rows[good], values[good])
             np.add.at(count, rows[good], 1.0)
     return total / count[:, None, None]
 
 
-def symmetrised_sites(
-    tensor: Array, cell: Atoms, sites: NDArray[np.intp], pattern: Array, symprec: float, mag_symprec: float
-) -> Array:
-    """Average site tensors (n, 3, 3) over the symmetry of crystal and reference."""
-    operations = _operations(cell, sites, pattern, symprec, mag_symprec)
+def _images(pairs: Pairs, operation: Operation) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what an operation makes of each pair, and of each reversed one: indices, -1 where it is not among them."""
+    index = {key: k for k, key in enumerate(pairs.keys())}
+    _, w, target, shift = operation
+    first, second = target[pairs.first], target[pairs.second]
+    moved = pairs.shift @ w.T + shift[pairs.second] - shift[pairs.first]
+    keys = Pairs(first, second, moved, pairs.vector).keys()
+    reverse = Pairs(second, first, -moved, pairs.vector).keys()
+    forth, back = (np.array([index.get(name, -1) for name in names], dtype=np.int64) for names in (keys, reverse))
+    return forth, back
+
+
+def orbits(pairs: Pairs, operations: list[Operation]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Number the classes of pairs (P,), either way round, and of sites (n,) that symmetry maps onto each other."""
+    images = [rows for operation in operations for rows in _images(pairs, operation)]
+    return _classes(len(pairs.first), images), _classes(len(operations[0][2]), [o[2] for o in operations])
+
+
+def _classes(count: int, images: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Number the connected classes of things that are mapped onto each other; an image of -1 is none."""
+    start = np.tile(np.arange(count), len(images))
+    end = np.concatenate(images)
+    good = end >= 0
+    links = coo_array((np.ones(int(good.sum())), (start[good], end[good])), shape=(count, count))
+    return np.asarray(connected_components(links, directed=False)[1], dtype=np.int64)
+
+
+def symmetrised_sites(tensor: Array, operations: list[Operation]) -> Array:
+    """Average site tensors (n, 3, 3) over symmetry operations."""
     total = np.zeros_like(tensor)
     for rotation, _, target, _ in operations:
         total[target] += np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)

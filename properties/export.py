@@ -130,8 +130,9 @@ def vampire(table: SpinTable, drop: bool) -> dict[str, str]:
     lines = ["# Unit cell size (Angstrom):", _row(lengths), "# Unit cell lattice vectors:"]
     lines += [_row(v) for v in table.cell / lengths[:, None]]
     lines += ["# Atoms", f"{len(table.elements)} {len(table.elements)}"]
-    lines += [f"{k} {_row(p)} {k} {k} {k}" for k, p in enumerate(table.scaled % 1.0)]
-    whole = np.rint(np.floor(table.scaled)).astype(int)
+    # rounding below a cell boundary is no other cell
+    whole = np.floor(table.scaled + 1e-9).astype(int)
+    lines += [f"{k} {_row(p)} {k} {k} {k}" for k, p in enumerate(np.maximum(table.scaled - whole, 0.0))]
     lines += ["# Interactions", f"{len(table.first)} tensorial"]
     for k, (i, j) in enumerate(zip(table.first, table.second, strict=True)):
         shift = table.shift[k] + whole[j] - whole[i]

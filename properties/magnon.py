@@ -9,12 +9,12 @@ import xarray as xr
 from ase import Atoms
 from numpy.typing import NDArray
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, derived, option, spread_of, variable
 from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
-from .errors import CalculatorError, MomentError, OptionError
+from .errors import MomentError, OptionError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .spiral import Spirals, primitive_cell
+from .spiral import SMALL_WAVES, from_six, frozen_magnons, frozen_stiffness, leading, primitive_cell, six_directions
 from .supercell import Supercell, grown, knows_rows, tilts, transverse
 from .symmetry import Pattern, band_path
 
@@ -31,11 +31,9 @@ STATIONARY = 1e-5
 ROUNDING = 1e-12
 """Curvatures below this part of the largest are zero, where the Hessian is exact."""
 ROUGH = 1e-9
-"""The same where it comes from differences."""
-SMALL_WAVES = (0.01, 0.02, 0.03)
-"""Lengths of the wave vectors that the stiffness is fitted on, 1/Å."""
-SMALL_CONES = (1.0, 2.0)
-"""Cone angles of the frozen spirals, degrees."""
+"""The same where it comes from differences of magnetic forces."""
+ROUGHEST = 1e-6
+"""The same where it comes from differences of energies."""
 DOS_POINTS = 401
 COMPENSATED = 1e-3
 """An order whose net moment is below this part of the sum of |m| is an antiferromagnet."""
@@ -94,7 +92,8 @@ class SpinWaves:
     def __init__(self, box: Supercell, moments: Array, calculator: SpinCalculator) -> None:
         self.cell, self.sites = box.cell, box.sites
         self.lengths = np.linalg.norm(moments[box.sites], axis=1)
-        self.zero = ROUNDING if knows_rows(calculator) else ROUGH
+        rough = ROUGHEST if calculator.differs_twice else ROUGH
+        self.zero = ROUNDING if knows_rows(calculator) else rough
         blocks, inward = tilts(box, calculator, moments)
         n, images = len(box.sites), box.images()
         shifts, rows = np.unique(images.shift, axis=0, return_inverse=True)
@@ -182,10 +181,8 @@ class Magnon(Property):
         self._repeats = repeats
 
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
-        """Refuse structures without moments, and calculators that give energies alone."""
+        """Refuse structures without moments."""
         super().check(atoms, calculator)
-        if not calculator.has("evaluate_spins") and not calculator.has("magnetic_forces"):
-            raise CalculatorError("spin waves need a calculator that gives magnetic_forces, or evaluate_spins")
         if np.linalg.norm(moments_of(atoms), axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there are no spin waves; give moments in µB")
 
@@ -268,6 +265,7 @@ class Magnon(Property):
             "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or reciprocal lattice vector"),
             "xyz_2": variable("xyz_2", np.array(["x", "y", "z"]), "1", "Cartesian axis"),
         }
+        differences = "energies" if calculator.differs_twice else "magnetic forces"
         attrs: dict[str, Any] = {
             "primitive_cell": cell.cell[:].tolist(),
             "primitive_atoms": len(cell),
@@ -275,7 +273,7 @@ class Magnon(Property):
             "supercell_atoms": len(box.atoms),
             "unique_radius": box.radius,
             "path_labels": [list(x) for x in labels],
-            "hessian": "rows of the calculator" if knows_rows(calculator) else "differences of magnetic forces",
+            "hessian": "rows of the calculator" if knows_rows(calculator) else f"differences of {differences}",
         }
         return xr.Dataset(data, coords, attrs)
 
@@ -306,28 +304,23 @@ class Magnon(Property):
     def _frozen(
         self, cell: Atoms, sites: NDArray[np.intp], moments: Array, calculator: SpinCalculator, q: Array
     ) -> dict[str, xr.Variable]:
-        """Return magnon energies by frozen spirals of vanishing cone, which reach as far as the calculator does."""
-        if len(sites) != 1 or calculator.soc is not False or not calculator.has("evaluate_spirals"):
-            return {}
+        """Return magnon energies and stiffness by frozen spirals, which reach as far as the calculator does."""
         pattern = Pattern.of(moments)
-        length = float(np.linalg.norm(moments[sites[0]]))
-        waves = np.concatenate([q, *(size * _directions() @ cell.cell[:].T / (2 * np.pi) for size in SMALL_WAVES)])
-        found = []
-        for cone in SMALL_CONES:
-            angle = float(np.deg2rad(cone))
-            spirals = Spirals(cell, pattern.along, calculator, pattern.axis.tolist(), angle, "fixed")
-            energy, _ = spirals(np.concatenate([np.zeros((1, 3)), waves]))
-            found.append(4 / length * (energy[1:] - energy[0]) / np.sin(angle) ** 2)
-        # errors go with θ²
-        a, b = (x**2 for x in SMALL_CONES)
-        energies = (b * found[0] - a * found[1]) / (b - a)
-        long = energies[len(q) :].reshape(len(SMALL_WAVES), -1)
-        return {
-            "frozen": variable("wave", energies[: len(q)] * 1e3, "meV", "(4/m)(E(q) - E(0))/sin²θ of frozen spirals"),
+        signs = pattern.along[sites]
+        if calculator.soc is not False or not calculator.has("evaluate_spirals") or not pattern.collinear:
+            return {}
+        if np.any(signs * signs[0] < 0):
+            return {}
+        tensor = frozen_stiffness(cell, pattern.along, pattern.axis, calculator)
+        data = {
             "stiffness_frozen": variable(
-                (), float(np.trace(_tensor(_leading(long)))) / 3 * 1e3, "meV Å²", "stiffness from frozen spirals"
-            ),
+                (), float(np.trace(tensor)) / 3 * 1e3, "meV Å²", "stiffness from frozen spirals"
+            )
         }
+        if len(sites) == 1:
+            energies = frozen_magnons(cell, pattern.along, pattern.axis, calculator, q)
+            data["frozen"] = variable("wave", energies * 1e3, "meV", "(4/m)(E(q) - E(0))/sin²θ of frozen spirals")
+        return data
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
         """Say so where the reference state is not stable, with the wave vector of the member where it is worst."""
@@ -352,17 +345,20 @@ class Magnon(Property):
             Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
             Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
         ]
-        for site, element, moment in zip(
-            dataset["site"].values, dataset["element"].values, dataset["moments"].values, strict=True
-        ):
-            rows.append(Row(f"moment of {element} {site}", "  ".join(f"{x:.3f}" for x in moment), "µB"))
+        for k, (site, element) in enumerate(zip(dataset["site"].values, dataset["element"].values, strict=True)):
+            place = "  ".join(f"{x:.3f}" for x in dataset["moments"].values[k])
+            length = derived(dataset, lambda d, k=k: float(np.linalg.norm(d["moments"].values[k])))  # type: ignore[misc]
+            rows.append(Row(f"moment of {element} {site}", place, "µB"))
+            if length[1] is not None:
+                rows.append(Row(f"|m| of {element} {site}", length[0], "µB", length[1]))
         if float(dataset["instability"]) < 0:
             q = ", ".join(f"{x:.3g}" for x in dataset["instability_q"].values)
             value = float(dataset["instability"])
             rows.append(
                 Row(f"not stable, lowest curvature at q = ({q})", value, "meV", spread_of(dataset, "instability"))
             )
-            rows.append(Row("fastest growth on the path", float(dataset["growth"].max()), "meV"))
+            fastest = derived(dataset, lambda d: float(d["growth"].max()))
+            rows.append(Row("fastest growth on the path", fastest[0], "meV", fastest[1]))
         else:
             rows.append(Row("stable", "at every q of path and mesh"))
         rows.append(Row("lowest energy at q = 0", float(dataset["gap"]), "meV", spread_of(dataset, "gap")))
@@ -378,11 +374,11 @@ class Magnon(Property):
             if key in dataset and np.isfinite(float(dataset[key])):
                 rows.append(Row(label, float(dataset[key]), dataset[key].attrs["units"], spread_of(dataset, key)))
         if "frozen" in dataset:
-            difference = float(np.abs(dataset["frozen"] - dataset["energy"][:, 0]).max())
-            rows.append(Row("largest difference to frozen spirals", difference, "meV"))
-        slope = np.linalg.norm(dataset["drift"].values)
-        if slope > 1e-6:
-            rows.append(Row("slope at q = 0", float(slope), "meV Å"))
+            difference = derived(dataset, lambda d: float(np.abs(d["frozen"] - d["energy"][:, 0]).max()))
+            rows.append(Row("largest difference to frozen spirals", difference[0], "meV", difference[1]))
+        slope = derived(dataset, lambda d: float(np.linalg.norm(d["drift"].values)))
+        if slope[0] > 1e-6:
+            rows.append(Row("slope at q = 0", slope[0], "meV Å", slope[1]))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":
@@ -392,35 +388,11 @@ class Magnon(Property):
         return plot_magnon(dataset)
 
 
-def _directions() -> Array:
-    """Return six directions that fix a symmetric tensor, shape (6, 3)."""
-    raw = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=float)
-    return raw / np.linalg.norm(raw, axis=1)[:, None]
-
-
-def _leading(values: Array) -> Array:
-    """Return c of c q² + d q⁴ + e q⁶ through values at the small wave vectors, shape (S, ...) to (...)."""
-    x = np.array(SMALL_WAVES) ** 2
-    matrix = np.stack([x, x**2, x**3], axis=1)
-    return np.asarray(np.linalg.solve(matrix, values.reshape(len(x), -1))[0].reshape(values.shape[1:]))
-
-
-def _tensor(values: Array) -> Array:
-    """Return the symmetric tensor with n·T·n = values in the six directions."""
-    n = _directions()
-    design = np.stack(
-        [n[:, 0] ** 2, n[:, 1] ** 2, n[:, 2] ** 2, 2 * n[:, 1] * n[:, 2], 2 * n[:, 0] * n[:, 2], 2 * n[:, 0] * n[:, 1]],
-        axis=1,
-    )
-    a, b, c, d, e, f = np.linalg.solve(design, values)
-    return np.array([[a, f, e], [f, b, d], [e, d, c]])
-
-
 def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     """Return what the lowest branch does at small q: stiffness and slope, or the velocity of an antiferromagnet."""
     own = moments[waves.sites]
     ferro = bool(np.linalg.norm(own.sum(axis=0)) > COMPENSATED * np.linalg.norm(own, axis=1).sum())
-    n = _directions()
+    n = six_directions()
     k = np.array([[sign * size * n for sign in (1, -1)] for size in SMALL_WAVES])
     modes = waves.modes((k @ waves.cell.cell[:].T / (2 * np.pi)).reshape(-1, 3))
     energy = modes.energies[:, 0].reshape(len(SMALL_WAVES), 2, len(n))
@@ -428,11 +400,11 @@ def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     zero = float(start.energies[0, 0])
     good = bool(modes.stable.all() and start.stable.all())
     unknown = np.full((3, 3), np.nan)
-    tensor = _tensor(_leading(energy.mean(axis=1) - zero)) if ferro and good else unknown
+    tensor = from_six(leading(energy.mean(axis=1) - zero)) if ferro and good else unknown
     difference = (energy[:, 0] - energy[:, 1])[:, :3] / 2
     x = np.array(SMALL_WAVES)
     odd = np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0] if good else np.full(3, np.nan)
-    squares = _leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not ferro else np.full(3, np.nan)
+    squares = leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not ferro else np.full(3, np.nan)
     velocity = float(np.mean(np.sqrt(np.maximum(squares, 0.0))))
     return {
         "stiffness_tensor": variable(

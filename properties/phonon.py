@@ -11,7 +11,8 @@ from ase import Atoms
 from numpy.typing import NDArray
 from phonopy import Phonopy
 from phonopy.qha.core import QHA
-from scipy.optimize import linear_sum_assignment
+from phonopy.qha.eos import get_eos
+from scipy.optimize import least_squares, linear_sum_assignment
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .errors import MomentError, OptionError, StructureError
@@ -49,6 +50,8 @@ IMAGINARY = 1e-2
 """A frequency below minus this, in THz, is imaginary; phonopy writes such frequencies as negative numbers."""
 STILL = 1e-3
 """Modes below this, in THz, take no part in thermal properties: the acoustic modes at Γ."""
+LEAST_VOLUMES = 5
+"""Fewest volumes that the four parameters of an equation of state are fitted to."""
 DEGENERATE = 1e-4
 """Modes closer than this, in THz, are mixed before they are compared."""
 DOS_STEP = 0.05
@@ -76,7 +79,7 @@ class PhononOptions(Options):
     second : another order, whose frequencies are compared.
     slopes : compute the change of frequencies with |m| of each element.
     volumes : volumes of the quasi-harmonic approximation; 0 leaves it out.
-    strain : half the range of volumes, relative.
+    strain : largest expansion among these volumes, relative; the largest compression is half of it.
     path : special points of the bands.
     points : wave vectors along the path.
     mesh : wave vectors per direction of the mesh of densities and thermal properties.
@@ -96,7 +99,7 @@ class PhononOptions(Options):
     second: str = option("", f"another order to compare: {', '.join(SECOND)}, or a file of moments")
     slopes: bool = option(False, "compute the change of frequencies with |m| of each element")
     volumes: int = option(0, "volumes of the quasi-harmonic approximation, 5 or more; 0 leaves it out")
-    strain: float = option(0.06, "half the range of these volumes, relative")
+    strain: float = option(0.08, "largest expansion among them, relative; the largest compression is half of it")
     path: str = option("auto", "special points of the bands; auto is the path of the Bravais lattice")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(16, "wave vectors per direction of the mesh of densities and thermal properties")
@@ -125,8 +128,8 @@ class PhononOptions(Options):
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
         if self.paramagnetic != 0 and not 2 <= self.paramagnetic <= 10000:
             raise OptionError(f"paramagnetic cannot be {self.paramagnetic}; it is 0, or at least 2 states")
-        if self.volumes != 0 and not 5 <= self.volumes <= 51:
-            raise OptionError(f"volumes cannot be {self.volumes}; it is 0, or lies between 5 and 51")
+        if self.volumes != 0 and not LEAST_VOLUMES <= self.volumes <= 51:
+            raise OptionError(f"volumes cannot be {self.volumes}; it is 0, or lies between {LEAST_VOLUMES} and 51")
         if self.source and self.dim:
             raise OptionError("the supercell stands in the file of phonopy; leave dim out")
 
@@ -424,9 +427,10 @@ class Phonon(Property):
     def _quasi_harmonic(self, work: "Work", plan: Plan) -> tuple[dict[str, Any], Array]:
         """Return V(T), expansion, bulk modulus and C_p from free energies at several volumes.
 
-        They are NaN where a mode of some volume is imaginary, and where V(T) lies outside the volumes computed.
+        Volumes with imaginary modes, and those beyond them, are left out. All is NaN where fewer than five remain,
+        and where V(T) lies outside the volumes that remain.
         """
-        scales = np.linspace(1 - self.options.strain, 1 + self.options.strain, self.options.volumes)
+        scales = np.linspace(1 - self.options.strain / 2, 1 + self.options.strain, self.options.volumes)
         step = self.options.t_step
         temperatures = np.concatenate([self._temperatures(), self.options.t_max + step * np.array([1.0, 2.0, 3.0])])
         volumes, energies, thermal, lowest = [], [], [], []
@@ -442,8 +446,17 @@ class Phonon(Property):
         count = len(self._temperatures())
         keys = ("volume", "expansion", "bulk_modulus", "heat_capacity_p", "gibbs")
         values = {key: np.full(count, np.nan) for key in keys}
-        if min(lowest) > -IMAGINARY:
-            quasi = QHA(volumes, energies, temperatures, capacity, entropy, free * KJ_PER_MOL, eos="vinet")
+        used = _stable_run(energies, lowest)
+        if used.stop - used.start >= LEAST_VOLUMES:
+            quasi = QHA(
+                volumes[used],
+                energies[used],
+                temperatures,
+                capacity[:, used],
+                entropy[:, used],
+                free[:, used] * KJ_PER_MOL,
+                eos="vinet",
+            )
             quasi.run()
             for key, attribute in (
                 ("volume", "volume_temperature"),
@@ -454,7 +467,12 @@ class Phonon(Property):
             ):
                 part = np.asarray(getattr(quasi, attribute), dtype=float)[:count]
                 values[key][: len(part)] = part
-            outside = (values["volume"] < min(volumes)) | (values["volume"] > max(volumes))
+            # phonopy's fit stops within 1e-6 of the volume, which differences over a step of temperature do not bear
+            exact = _equilibrium_volumes(volumes[used], np.add(free[:, used], energies[used]))
+            values["volume"][:] = exact[:count]
+            slope = (exact[2:] - exact[:-2]) / (temperatures[2:] - temperatures[:-2]) / exact[1:-1]
+            values["expansion"][:] = np.concatenate([[0.0], slope])[:count]
+            outside = (values["volume"] < volumes[used][0]) | (values["volume"] > volumes[used][-1])
             for part in values.values():
                 part[outside] = np.nan
         label = ("temperature",)
@@ -478,24 +496,45 @@ class Phonon(Property):
         return [p.reindex(dos_frequency=grid, method="nearest", tolerance=DOS_STEP / 10, fill_value=0.0) for p in parts]
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Name the lowest mode, and write phonopy's files."""
-        everything = np.concatenate([dataset["frequency"].values[:, 0], dataset["mesh_frequency"].values[:, 0]])
+        """Name the lowest mode of every model, and write phonopy's files."""
+        committee = "member" in dataset.coords
+        tail = "_member" if committee else ""
+        parts = [dataset[f"{name}{tail}"].values for name in ("frequency", "mesh_frequency")]
+        path, mesh = parts if committee else [x[None] for x in parts]
+        everything = np.concatenate([path[:, :, 0], mesh[:, :, 0]], axis=1)
         waves = np.concatenate([dataset["q"].values, dataset["mesh_q"].values])
-        best = int(np.argmin(everything))
-        dataset["lowest"] = variable((), everything[best], "THz", "lowest frequency of path and mesh")
-        dataset["lowest_q"] = variable("xyz", waves[best], "1", "its wave vector, reciprocal lattice units")
+        places, lowest = waves[everything.argmin(axis=1)], everything.min(axis=1)
         weights = dataset["mesh_weight"].values
-        share = weights @ (dataset["mesh_frequency"].values < -IMAGINARY).mean(axis=1) / weights.sum()
-        dataset["imaginary_share"] = variable((), share, "1", "share of imaginary modes on the mesh")
-        if everything[best] < -IMAGINARY:
-            place = ", ".join(f"{x:.3g}" for x in waves[best])
+        share = (mesh < -IMAGINARY).mean(axis=2) @ weights / weights.sum()
+        for name, values, unit, text in (
+            ("lowest", lowest, "THz", "lowest frequency of path and mesh"),
+            ("imaginary_share", share, "1", "share of imaginary modes on the mesh"),
+        ):
+            dataset[name] = variable((), values.mean(), unit, text)
+            if committee:
+                dataset[f"{name}_std"] = variable((), values.std(ddof=1), unit, f"{text}, committee spread")
+                dataset[f"{name}_member"] = variable("member", values, unit, f"{text}, per member")
+        worst, unstable = int(lowest.argmin()), int((lowest < -IMAGINARY).sum())
+        text = "wave vector of the lowest frequency, reciprocal lattice units"
+        dataset["lowest_q"] = variable(
+            "xyz", places[worst], "1", text + (", of the lowest member" if committee else "")
+        )
+        if committee:
+            dataset["lowest_q_member"] = variable(("member", "xyz"), places, "1", f"{text}, per member")
+        dataset["unstable_members"] = variable((), unstable, "1", "models with imaginary modes")
+        if unstable:
+            place = ", ".join(f"{x:.3g}" for x in places[worst])
+            who, where = "imaginary modes", ""
+            if committee:
+                who = f"{unstable} of the committee's {len(lowest)} members have imaginary modes"
+                where = "in all of them " if unstable == len(lowest) else "in these members "
             dataset.attrs["note"] = (
-                f"imaginary modes, the lowest {everything[best]:.3g} THz at q = ({place}): this order of this crystal "
-                "is no minimum of the energy; thermal properties leave them out"
+                f"{who}, the lowest {lowest[worst]:.3g} THz at q = ({place}): {where}this order of this crystal is no "
+                "minimum of the energy; thermal properties leave them out"
             )
         elif "volume" in dataset and not np.isfinite(dataset["volume"].values).all():
             dataset.attrs["note"] = (
-                "V(T) leaves the range of volumes above some temperature, or a volume has imaginary modes; there the "
+                "V(T) leaves the range of volumes without imaginary modes above some temperature; there the "
                 "quasi-harmonic results are left out"
             )
         if self._plan is not None:
@@ -533,9 +572,20 @@ class Phonon(Property):
         spread = None if "frequency_std" not in dataset else float(dataset["frequency_std"][top, -1])
         rows.append(Row("highest frequency", float(dataset["frequency"][top, -1]), "THz", spread))
         place = ", ".join(f"{x:.3g}" for x in dataset["lowest_q"].values)
-        rows.append(Row(f"lowest frequency, q = ({place})", float(dataset["lowest"]), "THz"))
+        rows.append(_row(dataset, "lowest", f"lowest frequency, q = ({place})"))
+        if "member" in dataset.coords and int(dataset["unstable_members"]):
+            count = f"{int(dataset['unstable_members'])} of {dataset.sizes['member']}"
+            rows.append(Row("members with imaginary modes", count))
         if float(dataset["imaginary_share"]) > 0:
-            rows.append(Row("imaginary modes of the mesh", 100 * float(dataset["imaginary_share"]), "%"))
+            share = spread_of(dataset, "imaginary_share")
+            rows.append(
+                Row(
+                    "imaginary modes of the mesh",
+                    100 * float(dataset["imaginary_share"]),
+                    "%",
+                    None if share is None else 100 * share,
+                )
+            )
         for key, label in (("frequency_error", ""), ("frequency_second_error", " of the second order")):
             if key in dataset:
                 rows.append(Row(f"largest standard error{label}", float(dataset[key].max()), "THz"))
@@ -559,7 +609,8 @@ class Phonon(Property):
                 slope = dataset["frequency_slope"].values[k]
                 wave, branch = np.unravel_index(int(np.abs(slope).argmax()), slope.shape)
                 q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[wave])
-                rows.append(Row(f"largest ∂ω/∂m of {element}, q = ({q})", float(slope[wave, branch]), "THz/µB"))
+                name = f"largest ∂ω/∂m of {element}, q = ({q})"
+                rows.append(_row(dataset.isel(wave=wave, branch=branch, element=k), "frequency_slope", name))
         if "volume" in dataset:
             for key, label in (("volume", "V"), ("expansion", "expansion"), ("bulk_modulus", "B")):
                 rows.append(_row(dataset, key, f"{label}, {near:g} K", temperature=near))
@@ -737,6 +788,35 @@ def jackknife(found: Harmonic, q: Array) -> Array:
         left.append(frequencies(phonon, q))
     phonon.force_constants = kept
     return np.sqrt((count - 1) * np.var(left, axis=0))
+
+
+def _stable_run(energies: list[float], lowest: list[float]) -> slice:
+    """Return the volumes without imaginary modes on both sides of the lowest energy; none where that one has some."""
+    centre = int(np.argmin(energies))
+    imaginary = np.flatnonzero(np.array(lowest) < -IMAGINARY)
+    start = int(max(imaginary[imaginary <= centre], default=-1)) + 1
+    stop = int(min(imaginary[imaginary >= centre], default=len(lowest)))
+    return slice(start, max(start, stop))
+
+
+def _equilibrium_volumes(volumes: list[float], energies: Array) -> Array:
+    """Return the volume of least energy, Å³, of the Vinet curve through energies (T, V) in eV at each temperature."""
+    curve = get_eos("vinet")
+    x, level = np.array(volumes), energies.min()
+    start = np.array([0.0, 1.0, 4.0, x[energies[0].argmin()]])
+    found = []
+    for energy in energies:
+        start = least_squares(
+            lambda p, e=energy: curve(x, p) - (e - level),  # type: ignore[misc]
+            start,
+            jac="3-point",
+            x_scale=np.array([1.0, 1.0, 4.0, x.mean()]),
+            ftol=1e-15,
+            xtol=1e-15,
+            gtol=1e-15,
+        ).x
+        found.append(start[3])
+    return np.array(found)
 
 
 def thermal_properties(phonon: Phonopy, mesh: int, temperatures: Array) -> tuple[Array, Array, Array, float]:

@@ -33,6 +33,8 @@ POSITION_STEP = 2e-3
 STRAIN_STEP = 1e-3
 MOMENT_TOLERANCE = 1e-7
 ZERO_MOMENT = 1e-8
+CHUNK = 16
+"""Components of moments whose differences are evaluated at once."""
 
 STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))
 """Offsets and weights of the five-point central difference, error of order h⁴."""
@@ -166,6 +168,14 @@ class SpinCalculator:
         return callable(getattr(self.calculator, capability, None))
 
     @property
+    def differs_twice(self) -> bool:
+        """Whether second derivatives by moments are differences of differences, because only energies are given."""
+        if self.has("hessian") or self.has("magnetic_forces"):
+            return False
+        ask = getattr(self.calculator, "evaluate_spins", None)
+        return ask is None or "magnetic_forces" not in inspect.signature(ask).parameters
+
+    @property
     def soc(self) -> bool | None:
         """Whether spin-orbit coupling is on; None where the calculator does not say."""
         value = getattr(self.calculator, "soc", None)
@@ -269,7 +279,19 @@ class SpinCalculator:
         m = vectors(moments, len(atoms))
         if self.has("magnetic_forces"):
             return self._property("magnetic_forces", atoms, m)
+        if self.has("evaluate_spins"):
+            return self.evaluate_spins(atoms, m[None])["magnetic_forces"][0]
         return -self._gradient(lambda x: self.energy(atoms, x), m, MOMENT_STEP)
+
+    def _field_by_differences(self, atoms: Atoms, moments: Array) -> Array:
+        """Return -dE/dm, shape (N, 3), by differences of energies that are evaluated side by side."""
+        units = MOMENT_STEP * np.eye(moments.size).reshape(-1, *moments.shape)
+        weights = np.array([w for _, w in STENCIL]) / MOMENT_STEP
+        slopes = []
+        for begin in range(0, len(units), CHUNK):
+            shifted = np.array([moments + k * u for u in units[begin : begin + CHUNK] for k, _ in STENCIL])
+            slopes.append(self.evaluate_spins(atoms, shifted, False)["energy"].reshape(-1, len(STENCIL)) @ weights)
+        return -np.concatenate(slopes).reshape(moments.shape)
 
     @staticmethod
     def _gradient(function: Callable[[Array], float], x: Array, step: float) -> Array:
@@ -300,7 +322,11 @@ class SpinCalculator:
             raise errors.MomentError(f"moments have the shape {m.shape}, but must be (B, {len(atoms)}, 3)")
         if self.has("evaluate_spins"):
             key = {"atoms": bare(atoms), "moments": m, "magnetic_forces": magnetic_forces}
-            return self.part("evaluate_spins", key, lambda: self._native_spins(atoms, m, magnetic_forces))
+            found = self.part("evaluate_spins", key, lambda: self._native_spins(atoms, m, magnetic_forces))
+            if magnetic_forces and "magnetic_forces" not in found:
+                ask = self.magnetic_forces if self.has("magnetic_forces") else self._field_by_differences
+                found = {**found, "magnetic_forces": np.array([ask(atoms, x) for x in m])}
+            return found
         result = {"energy": np.array([self.energy(atoms, x) for x in m])}
         if magnetic_forces:
             result["magnetic_forces"] = np.array([self.magnetic_forces(atoms, x) for x in m])

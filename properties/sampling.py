@@ -1,5 +1,6 @@
 """Sampling of moments, and of moments with atoms, at a temperature by hybrid Monte Carlo, and its statistics."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from .conventions import BOLTZMANN
+from .journal import Part
 from .protocol import SpinCalculator, bare
 
 Array = NDArray[np.float64]
@@ -19,6 +21,8 @@ Measure = Literal["volume", "line"]
 ACCEPTANCE = 0.8
 JITTER = 0.2
 ADAPTATION = 0.5
+BLOCK = 10
+"""Trajectories that are kept together as a finished part."""
 PROBE = 0.02
 """Size of the displacement that curvatures are estimated with, µB and Å."""
 
@@ -86,6 +90,7 @@ class Walkers:
         self.state = State(np.tile(moments[sites], (walkers, 1, 1)), np.tile(atoms.positions, (walkers, 1, 1)))
         self.slope = self.evaluate(self.state)
         self.step = 0.3
+        self.tried: list[float] = []
         self.scales = self._scales()
 
     def evaluate(self, state: State) -> Slope:
@@ -192,8 +197,36 @@ class Walkers:
             mine[accepted] = new[accepted]
         return float(probability.mean())
 
+    def snapshot(self) -> Part:
+        """Return everything that decides how the walk goes on."""
+        return {
+            "moments": self.state.moments.copy(),
+            "positions": self.state.positions.copy(),
+            "slope_energy": self.slope.energy.copy(),
+            "slope_moments": self.slope.moments.copy(),
+            "slope_positions": self.slope.positions.copy(),
+            "step": np.array(self.step),
+            "tried": np.array(self.tried),
+            "scales": np.array(self.scales),
+            "random": np.array(json.dumps(self.rng.bit_generator.state)),
+        }
+
+    def resume(self, part: Part) -> None:
+        """Go on from a snapshot."""
+        self.state = State(part["moments"].copy(), part["positions"].copy())
+        slopes = (part[f"slope_{name}"].copy() for name in ("energy", "moments", "positions"))
+        self.slope = Slope(*slopes)
+        self.step, self.tried = float(part["step"]), part["tried"].tolist()
+        self.scales = float(part["scales"][0]), float(part["scales"][1])
+        self.rng.bit_generator.state = json.loads(str(part["random"]))
+
     def run(
-        self, burn: int, samples: int, steps: int, tell: Callable[[int, int], None] = lambda done, total: None
+        self,
+        burn: int,
+        samples: int,
+        steps: int,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        keep: Callable[[int, Callable[[], Part]], Part] = lambda block, walk: walk(),
     ) -> dict[str, Array]:
         """Walk, and keep a sample after every trajectory.
 
@@ -203,30 +236,46 @@ class Walkers:
         samples : trajectories that are kept.
         steps : leapfrog steps of a trajectory.
         tell : called with trajectories done and their total.
+        keep : returns a block of trajectories that is known by its number, or calls what walks it.
 
         Returns
         -------
         ``energy`` (S, B) in eV, ``moments`` (S, B, n, 3) in µB, and ``acceptance`` and ``step``, shape ().
         """
-        tried = []
-        for k in range(burn):
-            rate = self.trajectory(steps)
-            change = ADAPTATION / np.sqrt(1 + k / 5) * (rate - ACCEPTANCE)
-            self.step = float(np.clip(self.step * np.exp(change), 1e-4, 1.5))
-            tried.append(self.step)
-            tell(k + 1, burn + samples)
-        if burn:
-            self.step = float(np.exp(np.mean(np.log(tried[burn // 2 :]))))
-        energies, moments, rates = [], [], []
-        for k in range(samples):
-            rates.append(self.trajectory(steps))
-            energies.append(self.slope.energy.copy())
-            moments.append(self.state.moments.copy())
-            tell(burn + k + 1, burn + samples)
+        total = burn + samples
+
+        def walk(begin: int) -> Part:
+            energies, moments, rates = [], [], []
+            for k in range(begin, min(begin + BLOCK, total)):
+                if k == burn and burn:
+                    self.step = float(np.exp(np.mean(np.log(self.tried[burn // 2 :]))))
+                rate = self.trajectory(steps)
+                if k < burn:
+                    change = ADAPTATION / np.sqrt(1 + k / 5) * (rate - ACCEPTANCE)
+                    self.step = float(np.clip(self.step * np.exp(change), 1e-4, 1.5))
+                    self.tried.append(self.step)
+                else:
+                    rates.append(rate)
+                    energies.append(self.slope.energy.copy())
+                    moments.append(self.state.moments.copy())
+                tell(k + 1, total)
+            walkers = self.state.moments.shape
+            return {
+                "energies": np.array(energies).reshape(-1, walkers[0]),
+                "samples": np.array(moments).reshape(-1, *walkers),
+                "rates": np.array(rates),
+                **self.snapshot(),
+            }
+
+        blocks = []
+        for number, begin in enumerate(range(0, total, BLOCK)):
+            blocks.append(keep(number, lambda b=begin: walk(b)))  # type: ignore[misc]
+            self.resume(blocks[-1])
+            tell(min(begin + BLOCK, total), total)
         return {
-            "energy": np.array(energies),
-            "moments": np.array(moments),
-            "acceptance": np.array(np.mean(rates)),
+            "energy": np.concatenate([block["energies"] for block in blocks]),
+            "moments": np.concatenate([block["samples"] for block in blocks]),
+            "acceptance": np.array(np.mean(np.concatenate([block["rates"] for block in blocks]))),
             "step": np.array(self.step),
         }
 

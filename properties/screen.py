@@ -206,7 +206,12 @@ def screen(
     Returns
     -------
     One outcome for each file, in their order.
+
+    Raises
+    ------
+    OptionError : options that name one place for all structures, or engines that are not there.
     """
+    _check_options(setup.options)
     Path(folder).mkdir(exist_ok=True)
     for torn in Path(folder).glob(".*.nc"):
         torn.unlink()
@@ -356,8 +361,7 @@ def screen_command(arguments: Sequence[str]) -> int:
     if moments_file is not None:
         raise OptionError("a file of moments fits one structure alone; give a table such as Fe=2.2, or an order")
     named = named_options(args)
-    if named.get("write"):
-        raise OptionError("every structure would write to the same file; leave write out, each dataset holds its own")
+    _check_options(named)
     kind(moments=mode, **named)
     files = structure_files(args.structures)
     places = args.calculator, args.model, args.soc, mode, args.device, args.dtype
@@ -390,6 +394,17 @@ def _property_name(arguments: Sequence[str]) -> str:
     if name is None:
         raise OptionError(f"name the property to screen with --property ({', '.join(sorted(plugins()))})")
     return str(name)
+
+
+def _check_options(named: Mapping[str, Any]) -> None:
+    """Refuse options of the property that name one place for all structures, or a structure of their own."""
+    for name, text in (
+        ("write", "every structure would write to the same file; leave write out, each dataset holds its own"),
+        ("phonopy", "every structure would write phonopy's files to the same folder; leave phonopy out of a screening"),
+        ("source", "a file of phonopy's holds one structure alone; leave --from out of a screening"),
+    ):
+        if named.get(name):
+            raise OptionError(text)
 
 
 def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Path) -> None:

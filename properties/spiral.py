@@ -1,7 +1,9 @@
 """Spin spirals: E(q) and |m|(q) along a path, the wave vector of the lowest one, magnon energies, chirality."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,6 +36,14 @@ CHUNK = 256
 LENGTH_STEP = 1e-3
 WAVE_STEP = 3e-3
 MAX_CELLS = 64
+SMALL_WAVES = (0.01, 0.02, 0.03)
+"""Lengths of the wave vectors that a stiffness is fitted on, 1/Å."""
+SMALL_CONES = (1.0, 2.0)
+"""Cone angles of frozen magnons, degrees."""
+PHASE_STEP = 1e-3
+"""Turn of one sublattice against the others in the differences of torques, radian."""
+MAX_PERIOD = 4
+"""Largest multiple of a reciprocal lattice vector that is tried as a period of E(q)."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,8 @@ class SpinSpiral(Property):
             "position": variable("wave", waves.position, "1/Å" if waves.labels else "1", "place along the path"),
             "site": variable("site", np.arange(n), "1", "index of the atom in the primitive cell"),
             "element": variable("site", np.array(cell.get_chemical_symbols()), "1", "chemical symbol"),
+            "scaled": variable(("site", "xyz"), spirals.scaled, "1", "fractional position in the primitive cell"),
+            "moment": variable("site", along, "µB", "moment along the common axis in the order given"),
             "xyz": variable("xyz", np.array(["x", "y", "z"]), "1", "Cartesian axis, or reciprocal lattice vector"),
         }
         if magnetic.sum() == 1 and not soc:
@@ -199,7 +211,8 @@ class SpinSpiral(Property):
         if self.options.mesh and not soc and calculator.has("evaluate_spirals"):
             symmetry = pattern_symmetry(cell, along, self.options.symprec, self.options.mag_symprec)
             lowest, bottom = self._lowest(spirals, waves.q, energy[1:], progress)
-            lowest = _canonical(lowest, cell, symmetry.rotations, periodic=int(magnetic.sum()) == 1)
+            nothing = wave_classes(spirals.scaled[magnetic])[1] if magnetic.sum() > 1 else None
+            lowest = canonical(lowest, cell, symmetry.rotations, nothing)
             data["minimum_q"] = variable(
                 "xyz", lowest, "1", "wave vector of the lowest spiral, reciprocal lattice of the primitive cell"
             )
@@ -210,7 +223,8 @@ class SpinSpiral(Property):
 
     def _lowest(self, spirals: "Spirals", q: Array, energy: Array, progress: Progress) -> tuple[Array, float]:
         """Return wave vector and energy (eV) of the lowest spiral, refined from the best of path and mesh."""
-        mesh = _half_mesh(self.options.mesh)
+        scaled = spirals.scaled[spirals.carrying]
+        mesh = _search_mesh(self.options.mesh, wave_classes(scaled)[0], scaled)
         found, _ = spirals(mesh, lambda d, t: progress("mesh", d, t))
         everything, energies = np.concatenate([mesh, q]), np.concatenate([found, energy])
         spread = float(np.ptp(energies))
@@ -253,9 +267,12 @@ class SpinSpiral(Property):
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
         """Name the lowest spiral."""
         if "minimum_q" in dataset:
+            cone = f", cone of {self.options.cone:g}°" if self.options.cone < 90 else ""
             agreed = "minimum_q_std" not in dataset or float(dataset["minimum_q_std"].max()) < 1e-3
-            name = name_of(dataset["minimum_q"].values) if agreed else "the members of the committee disagree"
-            dataset.attrs["minimum"] = name
+            waves = dataset["minimum_q"].values[None] if agreed else dataset["minimum_q_member"].values
+            names = [f"{name_of(q, dataset['scaled'].values, dataset['moment'].values)}{cone}" for q in waves]
+            counted = ", ".join(f"{name} ({count} of {len(names)})" for name, count in Counter(names).most_common())
+            dataset.attrs["minimum"] = names[0] if agreed else f"members disagree: {counted}"
         return dataset
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:
@@ -263,7 +280,9 @@ class SpinSpiral(Property):
         rows = [Row("route", dataset.attrs["route"]), Row("wave vectors", str(dataset.sizes["wave"]))]
         if "minimum_q" in dataset:
             q = "  ".join(f"{x:.4f}" for x in dataset["minimum_q"].values)
-            rows.append(Row("lowest spiral", f"q = ({q}), {dataset.attrs['minimum']}"))
+            name = str(dataset.attrs["minimum"])
+            # a mean of different wave vectors is none
+            rows.append(Row("lowest spiral", name if name.startswith("members") else f"q = ({q}), {name}"))
             spread = spread_of(dataset, "minimum_energy")
             rows.append(Row("E(lowest) - E(0)", float(dataset["minimum_energy"]), "meV/atom", spread))
         for word, k in (
@@ -292,11 +311,14 @@ class SpinSpiral(Property):
         if "asymmetry" in dataset:
             k = int(np.abs(dataset["asymmetry"].values).argmax())
             q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[k])
-            rows.append(Row(f"largest E(q) - E(-q), q = ({q})", float(dataset["asymmetry"][k]), "meV/atom"))
+            spread = None if "asymmetry_std" not in dataset else float(dataset["asymmetry_std"][k])
+            rows.append(Row(f"largest E(q) - E(-q), q = ({q})", float(dataset["asymmetry"][k]), "meV/atom", spread))
         lengths = dataset["length"].values
         for site in np.flatnonzero(lengths.max(axis=0) > ZERO_MOMENT):
-            low, high = lengths[:, site].min(), lengths[:, site].max()
-            rows.append(Row(f"|m| of {dataset['element'].values[site]} {site}", f"{low:.3f} to {high:.3f}", "µB"))
+            for word, k in (("smallest", int(lengths[:, site].argmin())), ("largest", int(lengths[:, site].argmax()))):
+                spread = None if "length_std" not in dataset else float(dataset["length_std"][k, site])
+                label = f"{word} |m| of {dataset['element'].values[site]} {site}"
+                rows.append(Row(label, float(lengths[k, site]), "µB", spread))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":
@@ -403,35 +425,193 @@ class Spirals:
             f"{residual:.1e} eV/µB; start from other moments, or keep them fixed"
         )
 
+    def yielding(self, q: Array) -> Array:
+        """Return the energy in eV that sublattices gain by turning against each other at small wave vectors, (Q,)."""
+        count = len(self.carrying)
+        if count == 1:
+            return np.zeros(len(q))
 
-def _half_mesh(size: int) -> Array:
-    """Return the points of a mesh over -½ … ½, one of each pair q, -q: E(q) = E(-q) without spin-orbit coupling."""
+        def torques(waves: Array, phases: Array) -> Array:
+            """Return dE/dφ of the carrying sites, φ their turns about the axis beside that of the spiral."""
+            unit = self.directions(waves)
+            for site, turns in zip(self.carrying, phases.T, strict=True):
+                unit[:, site] = Rotation.from_rotvec(turns[:, None] * self.axis).apply(unit[:, site])
+            moments = unit * self.along[:, None]
+            found = self._evaluate(waves, moments, True)["magnetic_forces"]
+            across = np.cross(self.axis, moments)
+            return -np.einsum("qic,qic->qi", found, across)[:, self.carrying]
+
+        steps = PHASE_STEP * np.concatenate([np.eye(count), -np.eye(count)])
+        up, down = np.split(torques(np.zeros((2 * count, 3)), steps), 2)
+        hessian = (up - down) / (2 * PHASE_STEP)
+        slopes = np.concatenate(
+            [torques(part, np.zeros((len(part), count))) for part in np.array_split(q, -(-len(q) // CHUNK))]
+        )
+        # all turned together is the spiral itself
+        inverse = np.linalg.pinv((hessian + hessian.T) / 2, rcond=1e-6, hermitian=True)
+        return 0.5 * np.einsum("qi,ij,qj->q", slopes, inverse, slopes)
+
+
+def frozen_magnons(cell: Atoms, along: Array, axis: Array, calculator: SpinCalculator, q: Array) -> Array:
+    """Return (4/|Σm|)(E(q) - E(0))/sin²θ in eV of spirals of vanishing cone, which reach as far as the calculator does.
+
+    Magnon energies of one sublattice at every q; of several parallel ones to second order in q, their turns against
+    each other relaxed.
+
+    Parameters
+    ----------
+    cell : the primitive cell.
+    along : moments along their axis, µB, shape (n,).
+    axis : shape (3,).
+    calculator : a single model without spin-orbit coupling.
+    q : reciprocal lattice units, shape (Q, 3).
+    """
+    found = []
+    for cone in SMALL_CONES:
+        angle = float(np.deg2rad(cone))
+        spirals = Spirals(cell, along, calculator, axis.tolist(), angle, "fixed")
+        energy, _ = spirals(np.concatenate([np.zeros((1, 3)), q]))
+        change = energy[1:] - energy[0] - spirals.yielding(q)
+        found.append(4 / abs(along.sum()) * change / np.sin(angle) ** 2)
+    # errors go with θ²
+    a, b = (x**2 for x in SMALL_CONES)
+    return np.asarray((b * found[0] - a * found[1]) / (b - a))
+
+
+def frozen_stiffness(cell: Atoms, along: Array, axis: Array, calculator: SpinCalculator) -> Array:
+    """Return the stiffness tensor of parallel moments in eV Å², shape (3, 3), from frozen magnons at q to 0."""
+    k = np.concatenate([size * six_directions() for size in SMALL_WAVES])
+    energies = frozen_magnons(cell, along, axis, calculator, k @ cell.cell[:].T / (2 * np.pi))
+    return from_six(leading(energies.reshape(len(SMALL_WAVES), -1)))
+
+
+def six_directions() -> Array:
+    """Return six directions that fix a symmetric tensor, shape (6, 3)."""
+    raw = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=float)
+    return raw / np.linalg.norm(raw, axis=1)[:, None]
+
+
+def from_six(values: Array) -> Array:
+    """Return the symmetric tensor with n·T·n = values in the six directions, shape (3, 3)."""
+    n = six_directions()
+    design = np.stack(
+        [n[:, 0] ** 2, n[:, 1] ** 2, n[:, 2] ** 2, 2 * n[:, 1] * n[:, 2], 2 * n[:, 0] * n[:, 2], 2 * n[:, 0] * n[:, 1]],
+        axis=1,
+    )
+    a, b, c, d, e, f = np.linalg.solve(design, values)
+    return np.array([[a, f, e], [f, b, d], [e, d, c]])
+
+
+def leading(values: Array) -> Array:
+    """Return c of c q² + d q⁴ + e q⁶ through values at the small wave vectors, shape (S, ...) to (...)."""
+    x = np.array(SMALL_WAVES) ** 2
+    matrix = np.stack([x, x**2, x**3], axis=1)
+    return np.asarray(np.linalg.solve(matrix, values.reshape(len(x), -1))[0].reshape(values.shape[1:]))
+
+
+def wave_classes(scaled: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return reciprocal lattice vectors whose addition to q makes different spirals, and those that change nothing.
+
+    Adding G to q turns the sublattices against each other by 2π G·(τ_i - τ_j). Where the positions are general, no G
+    but 0 changes nothing, and the vectors next to 0 are returned.
+
+    Parameters
+    ----------
+    scaled : fractional positions of the sites with a moment, shape (n, 3).
+
+    Returns
+    -------
+    The shortest vector of each class, 0 first, shape (K, 3), and the vectors without effect near 0, shape (G, 3).
+    """
+    between = scaled[1:] - scaled[:1]
+    periods = []
+    for column in between.T:
+        fits = [n for n in range(1, MAX_PERIOD + 1) if np.abs(n * column - np.rint(n * column)).max(initial=0.0) < 1e-3]
+        periods.append(fits[0] if fits else 3)
+    reach = [np.arange(-max(n, 2), max(n, 2) + 1) for n in periods]
+    vectors = np.stack(np.meshgrid(*reach, indexing="ij"), axis=-1).reshape(-1, 3)
+    vectors = vectors[np.lexsort([*(-vectors.T[::-1]), (vectors**2).sum(axis=1)])]
+    turns = vectors @ between.T
+    nothing = vectors[np.abs(turns - np.rint(turns)).max(axis=1, initial=0.0) < 1e-3]
+    found: list[int] = []
+    for k in np.flatnonzero((2 * np.abs(vectors) <= np.array(periods)).all(axis=1)):
+        apart = turns[found] - turns[k]
+        if not (np.abs(apart - np.rint(apart)).max(axis=1, initial=0.0) < 1e-3).any():
+            found.append(int(k))
+    return vectors[found], nothing
+
+
+def _search_mesh(size: int, classes: NDArray[np.int64], scaled: Array) -> Array:
+    """Return the points of a mesh over -½ … ½ around every class of reciprocal lattice vectors.
+
+    Of each pair q, -q there is one: E(q) = E(-q) without spin-orbit coupling.
+    """
     steps = np.arange(-(size // 2), size // 2 + 1)
     index = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     rank = index @ np.array([4 * size * size, 2 * size, 1])
-    return index[rank >= 0] / (2 * (size // 2))
+    points = index / (2 * (size // 2))
+    turns = classes @ (scaled[1:] - scaled[:1]).T
+    parts = []
+    for k, vector in enumerate(classes):
+        opposite = turns + turns[k]
+        partner = np.flatnonzero(np.abs(opposite - np.rint(opposite)).max(axis=1, initial=0.0) < 1e-3)
+        if not len(partner) or partner[0] > k:
+            parts.append(points + vector)
+        elif partner[0] == k:
+            parts.append(points[rank >= 0] + vector)
+    return np.concatenate(parts)
 
 
-def _canonical(q: Array, cell: Atoms, rotations: Array, periodic: bool) -> Array:
+def canonical(q: Array, cell: Atoms, rotations: Array, nothing: NDArray[np.int64] | None = None) -> Array:
     """Return the symmetry-equivalent of a wave vector with the largest leading coordinates.
 
-    Spirals that differ by a reciprocal lattice vector are one where one atom of the cell carries a moment (`periodic`).
+    Wave vectors that differ by one of the reciprocal lattice vectors `nothing` are one; by any of them where there is
+    no such list.
     """
-    images = np.concatenate([rotations, -rotations]) @ (q @ cell.cell.reciprocal()[:]) @ cell.cell[:].T
-    if periodic:
+    reciprocal = cell.cell.reciprocal()[:]
+    images = np.concatenate([rotations, -rotations]) @ (q @ reciprocal) @ cell.cell[:].T
+    if nothing is None:
         images = images - np.ceil(images - 0.5 - 1e-6)
+    else:
+        images = (images[:, None] - nothing[None]).reshape(-1, 3)
+        lengths = np.linalg.norm(images @ reciprocal, axis=1)
+        images = images[lengths < lengths.min() + 1e-6]
     images[np.abs(images) < 1e-9] = 0.0
     best: Array = images[np.lexsort(np.round(images, 5).T[::-1])[-1]]
     return best
 
 
-def name_of(q: Array) -> str:
-    """Name a spiral by its wave vector in reciprocal lattice units of the primitive cell, shape (3,)."""
-    if np.abs(q - np.rint(q)).max() < 1e-3:
+def name_of(q: Array, scaled: Array | None = None, along: Array | None = None) -> str:
+    """Name a spiral by the angles between all its moments.
+
+    Parameters
+    ----------
+    q : wave vector in reciprocal lattice units of the primitive cell, shape (3,).
+    scaled : fractional positions of the atoms, shape (n, 3); a single atom by default.
+    along : their moments along the common axis in the order given, µB, shape (n,).
+    """
+    places = np.zeros((1, 3)) if scaled is None else np.asarray(scaled)
+    moments = np.ones(len(places)) if along is None else np.asarray(along)
+    carrying = np.flatnonzero(np.abs(moments) > ZERO_MOMENT)
+    places, moments = places[carrying], moments[carrying]
+    turns = (places - places[0]) @ q
+    period = next((p for p in range(1, 9) if np.abs(q * p - np.rint(q * p)).max() < 1e-3 * p), None)
+    if period is None:
+        return "incommensurate"
+    written = ", ".join(_fraction(int(x), period) for x in np.rint(q * period))
+    if period == 1 and np.abs(turns - np.rint(turns)).max() < 2e-3:
         return "the order given, q = 0"
-    for period in range(2, 9):
-        if np.abs(q * period - np.rint(q * period)).max() < 1e-3 * period:
-            written = ", ".join(f"{int(x)}/{period}" if x else "0" for x in np.rint(q * period))
-            kind = "antiferromagnetic" if period == 2 else f"commensurate, period {period},"
-            return f"{kind} at ({written})"
-    return "incommensurate"
+    if period > 2 or np.abs(2 * turns - np.rint(2 * turns)).max() > 4e-3:
+        kind = f"commensurate, period {period}," if period > 1 else "non-collinear within the cell"
+        return f"{kind} at ({written})"
+    final = moments * (1 - 2 * (np.rint(2 * turns) % 2))
+    net = abs(final.sum()) if period == 1 else 0.0
+    if period == 1 and np.all(final * final[0] > 0):
+        return f"ferromagnetic at ({written})"
+    kind = "ferrimagnetic" if net > 1e-2 * np.abs(final).sum() else "antiferromagnetic"
+    return f"{kind} at ({written})"
+
+
+def _fraction(number: int, period: int) -> str:
+    whole = Fraction(number, period)
+    return str(whole.numerator) if whole.denominator == 1 else f"{number}/{period}"

@@ -1,6 +1,7 @@
 """The benchmark on a crystal with a closed-form answer, its comparisons, its references and its stored results."""
 
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from mmace_bench import cli, systems
 from mmace_bench.analyse import MISS, OK, UNKNOWN, changes, compare, verdict
-from mmace_bench.calculate import anisotropy_errors, errors_of, values
+from mmace_bench.calculate import anisotropy_errors, errors_of, identity, parity, state_energies, values
 from mmace_bench.cli import main
-from mmace_bench.derive import derived_values, frozen_phonon
+from mmace_bench.derive import anisotropy_values, by_tag, derived_values, frozen_phonon, label_values, magnetoelastic
 from mmace_bench.errors import BenchmarkError
-from mmace_bench.systems import SYSTEMS, Number, Quantity, Reference, read_system
+from mmace_bench.report import aligned_points, figures
+from mmace_bench.systems import SYSTEMS, Number, Quantity, Reference, System, Task, read_system
 from mmace_props.protocol import SpinCalculator, bare, moments_of
 
 from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Uniaxial, birch_murnaghan
@@ -112,6 +114,52 @@ def test_quick_leaves_out_the_rest_and_a_second_run_reads_what_the_first_made(to
     assert Path("one.json").read_text() == Path("two.json").read_text()
 
 
+ANONYMOUS = """
+from tests.toys import CapableToy, MagneticEquationOfState
+
+class Nameless(CapableToy):
+    def provenance(self):
+        return {}
+
+def make(model, soc, moments, device, dtype):
+    return Nameless(MagneticEquationOfState(%r), soc=soc, moments=moments)
+
+def other(model, soc, moments, device, dtype):
+    return Nameless(MagneticEquationOfState(%r), soc=soc, moments=moments)
+"""
+
+
+def test_work_of_another_factory_or_of_changed_code_is_not_taken_over(toy_system, monkeypatch):
+    """A calculator without provenance is told from another of its class by its factory, and by the factory's code."""
+    changed = {**CURVES, "fm": (-8.1, 11.7, 1.15, 5.1)}
+    Path("nameless.py").write_text(ANONYMOUS % (CURVES, changed))
+    Path("edited.py").write_text(ANONYMOUS % (CURVES, CURVES))
+
+    def volume(factory):
+        assert run("--calculator", factory, "--quick", "--json", "out.json") == 0
+        return json.loads(Path("out.json").read_text())["systems"]["FeAl"]["V0"]["value"]
+
+    assert volume("nameless.py:make") == pytest.approx(11.3, rel=1e-6)
+    assert volume("nameless.py:other") == pytest.approx(11.7, rel=1e-6)
+    assert volume("edited.py:make") == pytest.approx(11.3, rel=1e-6)
+    Path("edited.py").write_text(ANONYMOUS % (changed, CURVES))
+    monkeypatch.delitem(sys.modules, "_mmace_props_edited")
+    assert volume("edited.py:make") == pytest.approx(11.7, rel=1e-6)
+
+
+def test_key_of_the_work_folder_holds_the_source_of_the_suite(tmp_path, monkeypatch):
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "__init__.py").write_text("")
+    (suite / "eos.py").write_text("one = 1")
+    monkeypatch.setattr("mmace_bench.calculate.mmace_props.__file__", str(suite / "__init__.py"))
+    before = identity("mmace.calculator:load", "default")
+    assert before["factory_source"]
+    (suite / "eos.py").write_text("one = 2")
+    after = identity("mmace.calculator:load", "default")
+    assert {k for k in before if before[k] != after[k]} == {"suite"}
+
+
 def test_stored_results_hold_until_they_are_updated(toy_system, monkeypatch, capsys):
     curves = dict(CURVES)
 
@@ -173,6 +221,43 @@ def test_values_of_a_committee_come_member_by_member():
         values(dataset, Number("V0", {"state": "fm"}))
 
 
+def test_energies_of_states_relax_only_the_moments_that_there_are():
+    """E = −a m² + b m⁴ for each atom, lowest at √(a/2b)."""
+    landau = Landau(0.5, 0.05)
+    atoms = Atoms("FeFe", scaled_positions=[[0] * 3, [0.5] * 3], cell=[2.8] * 3, pbc=True)
+    toy = SpinCalculator(CapableToy(landau))
+    fixed = state_energies(atoms, [[0, 0], [1.0, 1.0], [[1.0, 0, 0], [0, 0, 1.0]]], toy)
+    assert fixed["length"].values == pytest.approx([0, 1, 1])
+    assert fixed["angle"].values == pytest.approx([0, 0, 90])
+    expected = [toy.energy(atoms, np.outer([m, m], [0, 0, 1])) / 2 for m in (0.0, 1.0)]
+    assert fixed["energy"].values[:2] == pytest.approx(expected)
+    relaxed = state_energies(atoms, [[0, 0], [1.0, 1.0]], toy, "magnitudes")
+    assert float(relaxed["energy"][0]) == pytest.approx(expected[0])
+    assert float(relaxed["energy"][1]) < expected[1]
+    gone = state_energies(atoms, [[0, 0], [1.0, 1.0]], SpinCalculator(CapableToy(Landau(-0.5, 0.05))), "magnitudes")
+    assert np.isnan(gone["energy"].values).tolist() == [False, True]
+    assert relaxed["site_length"].values == pytest.approx(np.outer([0, 1], [np.sqrt(5)] * 2), abs=1e-5)
+
+
+def test_sum_of_quantities_and_a_volume_between_points(toy_system):
+    plan = json.loads((toy_system / "FeAl/benchmark.json").read_text())
+    plan["tasks"][0]["numbers"]["moment"] = {"variable": "moment", "where": {"state": "fm", "volume": 11.0}}
+    terms = {"V0": 2.0, "B0": -0.5}
+    plan["tasks"].append(
+        {"name": "sum", "property": "combination", "options": {"terms": terms}, "numbers": {"sum": {"variable": ""}}}
+    )
+    (toy_system / "FeAl/benchmark.json").write_text(json.dumps(plan))
+    known = json.loads((toy_system / "FeAl/references.json").read_text())
+    (toy_system / "FeAl/references.json").write_text(json.dumps({**known, "sum": quantity(0), "moment": quantity(0)}))
+    assert run("--calculator", "factory.py:make", "--json", "out.json") == 0
+    found = json.loads(Path("out.json").read_text())["systems"]["FeAl"]
+    assert found["sum"]["value"] == pytest.approx(2 * found["V0"]["value"] - 0.5 * found["B0"]["value"])
+    assert found["moment"]["value"] > 0
+    plan["tasks"][0]["numbers"]["moment"]["where"]["volume"] = 30.5
+    (toy_system / "FeAl/benchmark.json").write_text(json.dumps(plan))
+    assert run("--calculator", "factory.py:make") == 2
+
+
 def labelled(atoms, toy, energy=0.0, force=0.0, stress=0.0, magnetic=0.0, **info):
     """Frame with the toy's own values, made wrong by constants."""
     spin, m = SpinCalculator(toy), moments_of(atoms)
@@ -204,6 +289,52 @@ def test_errors_against_labels_are_those_that_were_put_in():
     assert found["magnetic_forces"] == pytest.approx(0.005, rel=1e-6)
 
 
+def test_pictures_hold_the_references_of_bands_scans_and_labels(tmp_path):
+    """Every dataset that has one is drawn, with its references at their wave vector or state."""
+    import xarray as xr
+
+    q = np.linspace([0, 0, 0], [0.5, 0, 0], 11)
+    bands = xr.Dataset(
+        {"frequency": (("wave", "branch"), np.random.default_rng(0).random((11, 3))), "q": (("wave", "xyz"), q)},
+        {"position": ("wave", np.linspace(0, 1, 11))},
+        attrs={"formula": "Fe"},
+    )
+    energies = 0.1 * np.array([0.0, 1, 4, 9])
+    scan = xr.Dataset(
+        {"energy": ("state", energies), "angle": ("state", np.zeros(4)), "length": ("state", np.arange(4.0))},
+        attrs={"formula": "Fe"},
+    )
+    pairs = {name: (np.arange(5.0), np.arange(5.0) + 0.1) for name in ("energy", "forces", "stress", "magnetic_forces")}
+    for name, dataset in (
+        ("bands", bands),
+        ("scan", scan),
+        ("labels", parity([pairs, pairs])),
+        ("directions", parity([{"anisotropy": pairs["energy"]}])),
+    ):
+        dataset.to_netcdf(tmp_path / f"{name}.nc")
+    numbers = {
+        "bands": {"f": Number("frequency", {"q": [0.5, 0, 0], "branch": 0})},
+        "scan": {"e": Number("energy", {"state": 3}, {"state": 1}, 1000)},
+    }
+    properties = {"bands": "phonon", "scan": "states", "labels": "labels", "directions": "labels"}
+    tasks = tuple(
+        Task(name, "", kind, {}, False, "fixed", True, numbers.get(name, {})) for name, kind in properties.items()
+    )
+    known = {
+        "f": Quantity("f", "f", "THz", 1.0, "a test", (Reference(0.7, 0.1, "own DFT", "s"),)),
+        "e": Quantity("e", "e", "meV", 1.0, "a test", (Reference(810.0, 0.1, "own DFT", "s"),)),
+    }
+    drawn = {name: figure for name, _, figure in figures(System("X", tmp_path, {}, tasks, known), tmp_path)}
+    assert set(drawn) == set(properties)
+
+    def points(name):
+        return [line.get_xydata()[0].tolist() for line in drawn[name].axes[0].lines if line.get_marker() == "o"]
+
+    assert points("bands") == [[1.0, 0.7]]
+    assert points("scan")[0] == pytest.approx([3.0, 910.0])
+    assert len(drawn["labels"].axes) == 4
+
+
 def test_anisotropy_error_is_about_the_mean_of_each_group():
     atoms = bulk("Fe", "bcc", 2.83, cubic=True)
     frames = []
@@ -221,7 +352,7 @@ def test_anisotropy_error_is_about_the_mean_of_each_group():
 
 def frame(symbols, cell, scaled, name, energy=0.0, forces=None, stress=None, moment=2.0):
     atoms = Atoms(symbols, cell=cell, scaled_positions=scaled, pbc=True)
-    atoms.set_initial_magnetic_moments([moment] * len(atoms))
+    atoms.set_initial_magnetic_moments(np.broadcast_to(moment, len(atoms)))
     atoms.info |= {"parent": name, "name": f"{name}-m0"}
     forces = np.zeros((len(atoms), 3)) if forces is None else forces
     atoms.calc = SinglePointCalculator(
@@ -242,8 +373,11 @@ def test_derived_values_of_a_crystal_with_known_constants(primitive):
     for k, volume in enumerate(np.linspace(0.94, 1.06, 7) * v0):
         a = (2 * volume) ** (1 / 3)
         energy = count * float(birch_murnaghan(volume, e0, v0, b0, b1))
+        h = 1e-4 * volume
+        slope = (birch_murnaghan(volume + h, e0, v0, b0, b1) - birch_murnaghan(volume - h, e0, v0, b0, b1)) / (2 * h)
+        stress, moment = float(slope) * np.array([1, 1, 1, 0, 0, 0]), 2 + 0.1 * (volume - v0)
         groups["X-fm-eos"].append(
-            frame(symbols, a * ideal, scaled, f"X-fm-eos-{k}", energy, moment=2 + 0.1 * (volume - v0))
+            frame(symbols, a * ideal, scaled, f"X-fm-eos-{k}", energy, stress=stress, moment=moment)
         )
     pressure = 0.02
     for k, e in enumerate((0.01, -0.01)):
@@ -269,6 +403,109 @@ def test_derived_values_of_a_crystal_with_known_constants(primitive):
     assert found["X.fm.C12"]["value"] == pytest.approx(GPA * (b0 - 1 / 3 * (c11 - c12)), rel=1e-3)
     assert found["X.fm.C44"]["value"] == pytest.approx(GPA * c44, rel=1e-3)
     assert "X-fm-eos-0-m0" in found["X.fm.V0"]["source"]
+    assert found["X.fm.B0_prime"]["value"] == pytest.approx(b1, rel=1e-4)
+    assert found["X.fm.m_high"]["value"] == pytest.approx(2 + 0.1 * 0.06 * v0, rel=1e-6)
+    assert all(entry["uncertainty"] > 0 for key, entry in found.items() if "V0" not in key and "B0" not in key)
+
+
+def test_no_strain_gives_no_elastic_constants():
+    e0, v0, b0, b1 = CURVES["fm"]
+    groups = {"X-fm-eos": [], "X-fm-tetragonal": [], "X-fm-shear": []}
+    for k, volume in enumerate(np.linspace(0.94, 1.06, 7) * v0):
+        cell = volume ** (1 / 3) * np.eye(3)
+        groups["X-fm-eos"].append(
+            frame("Fe", cell, [[0] * 3], f"X-fm-eos-{k}", float(birch_murnaghan(volume, e0, v0, b0, b1)))
+        )
+    for tag in ("tetragonal", "shear"):
+        groups[f"X-fm-{tag}"] = [frame("FeAl", 2.83 * np.eye(3), [[0] * 3, [0.5] * 3], f"X-fm-{tag}-0")] * 2
+    found = derived_values(groups)
+    assert "X.fm.V0" in found
+    assert not {"X.fm.C11", "X.fm.C44", "X.fm.C66"} & set(found)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_shear_constant_and_distortion_come_from_the_cartesian_strain(turned):
+    """Cells whose vectors do not lie along the strained axes: a·b of the turned one is zero under ε_xy."""
+    c66, spontaneous, a = 0.6, -0.03, 4.1
+    cell = a * (np.array([[1, 1, 0], [-0.5, 0.5, 0], [0, 0, 1]]) if turned else np.eye(3))
+    places = [[0, 0, 0], [0.5, 0, 0]] if turned else [[0, 0, 0], [0.5, 0.5, 0.5]]
+    frames = []
+    for k, e in enumerate((-0.015, 0.015)):
+        strain = np.array([[1, e, 0], [e, 1, 0], [0, 0, 1]])
+        stress = np.array([0, 0, 0, 0, 0, c66 * (2 * e - spontaneous)])
+        name = f"X-afm110-shear-{k}"
+        frames.append(frame("CrCr", cell @ strain, places, name, stress=stress, moment=[2.0, -2.0]))
+    found = derived_values({"X-afm110-shear": frames})
+    assert found["X.afm110.C66"]["value"] == pytest.approx(GPA * c66, rel=1e-6)
+    assert found["X.afm110.distortion"]["value"] == pytest.approx(np.sqrt(2) * a * spontaneous, rel=1e-6)
+
+
+def springs(symbols, cell, scaled, index, shift, name, stiff=5.0, cross=1.2):
+    """Frame whose atoms are held by springs to their sites and, across elements, by `cross` to the displaced one."""
+    atoms = frame(symbols, cell, scaled, name)
+    atoms.positions[index] += shift
+    forces = np.zeros((len(atoms), 3))
+    forces[index] = -stiff * np.array(shift)
+    for other in np.flatnonzero(atoms.numbers != atoms.numbers[index]):
+        same = (other % 2) == (index % 2)
+        forces[other] = (cross if same else -cross) * np.array(shift) / 2
+    atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=forces)
+    return atoms
+
+
+def test_modes_do_not_depend_on_which_jobs_are_finished():
+    """A zone-boundary mode keeps the number of its job in the plan; points of pairs wait for all of them."""
+    cell, places = 2.83 * np.diag([1, 1, 2]), [[0, 0, 0], [0, 0, 0.5]]
+    last = springs("FeFe", cell, places, 1, (0, 0, 0.03), "X-fm-N-2")
+    assert list(derived_values({"X-fm-N": [last]})) == ["X.fm.N.2"]
+    four = [[0, 0, 0], [0, 0, 0.5], [0.5, 0.5, 0.25], [0.5, 0.5, 0.75]]
+    moves = [(0, (0, 0, 0.04)), (2, (0, 0, 0.04)), (0, (0.04, 0, 0)), (2, (0.04, 0, 0))]
+    frames = [springs("FeFeAlAl", cell, four, i, u, f"X-fm-X-{k}") for k, (i, u) in enumerate(moves)]
+    assert derived_values({"X-fm-X": frames[:3]}) == {}
+    found = derived_values({"X-fm-X": frames})
+    fe, al = frames[0].get_masses()[[0, 2]]
+    coupled = np.array([[5.0 / fe, -1.2 / np.sqrt(fe * al)], [-1.2 / np.sqrt(fe * al), 5.0 / al]])
+    modes = np.sqrt(np.linalg.eigvalsh(coupled)) * units.second * 1e-12 / (2 * np.pi)
+    expected = sorted([*modes] * 3)
+    assert [found[f"X.fm.X.{k}"]["value"] for k in range(6)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_orders_at_one_volume_need_no_curve():
+    """Energies of orders at the volume of `FIXED`, and first and second neighbours' exchange from three orders."""
+    j1, j2, a = -9.0, 1.5, 4.12
+    energies = {"fm": -12 * j1 - 6 * j2, "afm001": 4 * j1 - 6 * j2, "afm110": 2 * j2}
+    groups = {}
+    for state, energy in energies.items():
+        moments = [2.0, 2.0] if state == "fm" else [2.0, -2.0]
+        atoms = frame("Cr2N2", a * np.eye(3) / 2 ** (1 / 3), [[0, 0, 0], [0.5] * 3, [0, 0, 0.5], [0.5, 0, 0]], "n")
+        atoms.info |= {"parent": f"CrN-{state}-eos-0", "name": f"{state}-m0"}
+        atoms.set_initial_magnetic_moments([*moments, 0, 0])
+        atoms.calc = SinglePointCalculator(atoms, energy=2e-3 * energy, forces=np.zeros((4, 3)), stress=np.zeros(6))
+        groups[f"CrN-{state}-eos"] = [atoms]
+    found = derived_values(groups)
+    assert found["CrN.afm001.above_fm_fixed"]["value"] == pytest.approx(8 * j1)
+    assert found["CrN.J1_orders"]["value"] == pytest.approx(j1)
+    assert found["CrN.J2_orders"]["value"] == pytest.approx(j2)
+
+
+def test_magnetoelastic_slope_is_that_without_strain():
+    strain = np.array([0.03, -0.04])
+    value, error = magnetoelastic(strain, -2.0 * strain + 5.0 * strain**2)
+    assert value == pytest.approx(2.0)
+    assert error > 0.2
+
+
+def test_reference_points_keep_orders_apart_and_one_point_draws_nothing():
+    import xarray as xr
+
+    volume = np.linspace(8, 10, 21)
+    energy = np.stack([(volume - 9) ** 2, (volume - 9) ** 2 - 0.05])
+    dataset = xr.Dataset({"energy": (("state", "volume"), energy)}, {"state": ["fm", "afm"], "volume": volume})
+    assert aligned_points({"afm001": [(9.0, -70.0)]}, dataset) == {}
+    found = aligned_points({"afm001": [(9.0, -70.0)], "afm110": [(9.0, -70.02)], "fm": [(9.5, -69.6)]}, dataset)
+    assert found["afm001"][0] == pytest.approx((9.0, -0.05))
+    assert found["afm110"][0] == pytest.approx((9.0, -0.07))
+    assert found["fm"][0] == pytest.approx((9.5, 0.35))
 
 
 def test_frozen_phonon_frequency():
@@ -316,13 +553,13 @@ def test_own_dft_is_what_its_frames_give(name):
     stored = json.loads((folder / "values.json").read_text())["values"]
     import ase.io
 
-    groups = {}
-    for atoms in ase.io.read(folder / "dft.extxyz", ":"):
-        groups.setdefault(atoms.info["parent"].rsplit("-", 1)[0], []).append(atoms)
-    again = derived_values(groups)
+    system = read_system(name)
+    frames = by_tag(ase.io.read(folder / "dft.extxyz", ":"))
+    again = {**derived_values(frames), **anisotropy_values(system), **label_values(system)}
     assert set(stored) == set(again)
     for key, entry in stored.items():
         assert again[key]["value"] == pytest.approx(entry["value"], rel=1e-6)
+        assert entry["uncertainty"] > 0
 
 
 def test_shipped_model_gives_the_stored_results(tmp_path, capsys):
@@ -354,7 +591,6 @@ def test_broken_reference_file_is_named(toy_system, capsys):
 
 def test_labels_of_test_parents_alone_are_compared(toy_system):
     from mmace_bench.calculate import label_frames
-    from mmace_bench.systems import System, Task
 
     folder = toy_system / "FeAl"
     (folder / "data").mkdir()

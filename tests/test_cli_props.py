@@ -12,7 +12,7 @@ import xarray as xr
 from ase import Atoms
 from ase.build import bulk
 from ase.io import write
-from mmace_props.cli import load_calculator, main
+from mmace_props.cli import _with_spread, load_calculator, main
 from mmace_props.errors import CalculatorError
 from mmace_props.protocol import with_moments
 
@@ -53,6 +53,21 @@ def test_committee_spread_is_printed(capsys):
     out = capsys.readouterr().out
     assert "± committee" in out
     assert "committee of 3" in out
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "printed"),
+    [
+        (10.3564, 0.4612, ("10.36", "0.46")),
+        (1256.17, 141.2, ("1256", "141")),
+        (-36.3, 7.81, ("-36.3", "7.8")),
+        (2.9e-7, 4.4e-8, ("2.9e-07", "4.4e-08")),
+        (21.987654, 0.0, ("21.9877", "0")),
+        (1.0, float("nan"), ("1", "nan")),
+    ],
+)
+def test_values_are_rounded_to_their_spread(value, spread, printed):
+    assert _with_spread(value, spread) == printed
 
 
 def test_json_on_standard_output(capsys):

@@ -250,6 +250,34 @@ def test_committee_unstable_states_and_refusals(tmp_path):
     assert moments_of(two)[1, 2] == -1.0
 
 
+def test_a_crossing_that_one_member_lacks():
+    """Means and spreads over the members that have the crossing, how many they are, and shifts member by member."""
+    stiff = CapableToy(springs(), Heisenberg(1.3 * J, 2.6, DECAY, SIZE), DMI(2 * D, 2.6), Uniaxial(K1))
+    high = CapableToy(springs(), Heisenberg(J, 2.6, DECAY, SIZE), DMI(D, 2.6), Uniaxial(0.05))
+    members, prop = [toy(), stiff, high], quick()
+    dataset = prop.run(chain(), CommitteeToy(members))
+    single = [quick().run(chain(), t) for t in members]
+    each = np.array([one["gap"].values for one in single])
+    place = np.unravel_index(np.nanargmax(each[0]), each[0].shape)
+    assert np.isfinite(each[:, *place]).tolist() == [True, True, False]
+    assert int(dataset["gap_members"].values[place]) == 2
+    for name in ("gap", "gap_energy", "gap_q"):
+        two = np.array([one[name].values[place] for one in single[:2]])
+        np.testing.assert_allclose(dataset[name].values[place], two.mean(axis=0), atol=1e-9)
+        np.testing.assert_allclose(dataset[f"{name}_std"].values[place], two.std(axis=0, ddof=1), atol=1e-9)
+    assert not dataset["gap_members"].values[~np.isfinite(each).any(axis=0)].any()
+    assert single[0]["gap_members"].values[place] == 1
+    rows = {r.label: r for r in prop.summary(dataset)}
+    assert "not in every member" in rows["crossings on the path"].value
+    named = [r for label, r in rows.items() if label.endswith("in 2 of 3 members")]
+    assert named[0].value == pytest.approx(np.nanmax(dataset["gap"].values))
+    assert named[0].spread > 0
+    shifts = [{r.label: r for r in prop.summary(one)}["largest change by coupling"].value for one in single]
+    assert np.ptp(shifts) > 0.05
+    assert rows["largest change by coupling"].value == pytest.approx(np.mean(shifts))
+    assert rows["largest change by coupling"].spread == pytest.approx(np.std(shifts, ddof=1))
+
+
 def test_command_line(tmp_path, capsys):
     """The command prints its table and writes its dataset."""
     chain().write(tmp_path / "POSCAR", format="vasp", direct=True)

@@ -17,7 +17,8 @@ from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.sampling import Walkers, statistics
 from mmace_props.supercell import Supercell
 
-from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy
+from .test_suite_protocol import EnergyToy
+from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs
 
 BOLTZMANN = 8.617333262e-5
 J, M = 3e-3, 2.0
@@ -149,6 +150,15 @@ def test_antiferromagnets_order_by_their_signs():
     assert data["run_atoms"].values.tolist() == [16]
 
 
+def test_an_order_that_is_not_the_lowest_is_said_to_be_none():
+    """A layered order next to a better spiral is sampled from the mean-field temperature of that, with a note."""
+    model = CapableToy(Heisenberg(3e-3, 2.5), Heisenberg(-1e-3, 4.9), soc=False)
+    chain = with_moments(Atoms("Fe", cell=[5.5, 5.5, 2.4], pbc=True), [[0, 0, M]])
+    data = Curie(ways=("directions",), trajectories=8, steps=1, radius=4.9).run(chain, model)
+    assert "J(q) is largest at q = (0, 0, " in data.attrs["note"]
+    assert data.sizes["temperature"] == len(curie.AUTO)
+
+
 def test_atoms_that_move():
     """The lattice way runs, and its springs hold three halves of kT for every atom but the centre."""
     atoms = cubic()
@@ -159,6 +169,15 @@ def test_atoms_that_move():
     # 24 coordinates of moments and 21 of atoms share the energy
     assert 10 < float(data["energy"][0, 0]) * 8 / (BOLTZMANN * 1e5) < 40
     assert 0.4 < float(data["acceptance"][0, 0]) <= 1
+
+
+def test_calculators_that_give_energies_alone():
+    """The same walk by differences of the energy."""
+    atoms = with_moments(Atoms("Fe", cell=[2.4, 3.2, 3.2], pbc=True), [[0, 0, M]])
+    options = {"ways": ("directions",), "temperatures": (100.0,), "trajectories": 8, "steps": 2, "radius": 2.5}
+    fast = Curie(**options).run(atoms, toy())
+    slow = Curie(**options).run(atoms, EnergyToy(Heisenberg(J, 2.5), soc=False))
+    np.testing.assert_allclose(slow["order"], fast["order"], rtol=1e-6)
 
 
 def test_restart(tmp_path):
@@ -195,7 +214,7 @@ def test_committee_and_dataset(tmp_path):
     with xr.open_dataset(tmp_path / "x.nc") as again:
         xr.testing.assert_identical(again.load(), one)
     labels = [r.label for r in Curie().summary(one)]
-    assert "mean field of J" in labels
+    assert "mean field of J, q = (0, 0, 0)" in labels
     assert "potential, directions, peak of χ, 8 moments" in labels
     cold = Curie(**{**options, "temperatures": (20.0, 40.0, 60.0), "sizes": (2, 3)}).run(cubic(), toys)
     assert np.isnan(float(cold["tc_peak"][0]))
@@ -204,6 +223,28 @@ def test_committee_and_dataset(tmp_path):
     np.testing.assert_allclose(cold["length"], M)
     Curie().plot(one).savefig(tmp_path / "x.png")
     assert os.path.getsize(tmp_path / "x.png") > 1000
+
+
+def test_members_that_have_a_temperature(monkeypatch):
+    """Mean and spread are over the members whose susceptibility peaks, beside the statistical error of that mean."""
+    toys = CommitteeToy([CapableToy(Heisenberg(j, 2.5), soc=False) for j in (2e-3, 3e-3, 4e-3)])
+    found = iter([(500.0, 30.0), (np.nan, np.nan), (600.0, 40.0)])
+    monkeypatch.setattr(curie, "with_error", lambda *_: next(found))
+    monkeypatch.setattr(curie, "ORDERED", 2.0)
+    options = {"ways": ("directions",), "committee": True, "trajectories": 8, "radius": 2.6}
+    data = Curie(**options).run(cubic(), toys)
+    # temperatures are those of the first member for all
+    expected = np.round(2 / 3 * 6 * 2e-3 * M**2 / BOLTZMANN * np.array(curie.AUTO))
+    np.testing.assert_array_equal(data["temperature"], expected)
+    assert float(data["tc_peak"][0]) == pytest.approx(550)
+    assert float(data["tc_peak_std"][0]) == pytest.approx(100 / np.sqrt(2))
+    assert float(data["tc_peak_error"][0]) == pytest.approx(25)
+    assert int(data["tc_peak_count"][0]) == 2
+    rows = {r.label: r for r in Curie().summary(data)}
+    text = rows["potential, directions, peak of χ, 8 moments"].value
+    assert text == "550 ± 25 (statistics) ± 71 (members), 2 of 3 members"
+    assert " ± " in rows["M(T), potential, directions, 8 moments"].value
+    assert rows["moment of the reference"].spread == pytest.approx(0)
 
 
 def test_measured_values():
@@ -221,8 +262,6 @@ def test_refusals(monkeypatch):
         Curie(ways=("directions",)).run(with_moments(atoms, [[0, 0, M], [0, M, 0]]), toy())
     with pytest.raises(OptionError, match="give --temperatures"):
         Curie(ways=("directions",), radius=2.6).run(cubic(), CapableToy(Heisenberg(-J, 2.5), soc=False))
-    with pytest.raises(CalculatorError, match="gives magnetic_forces"):
-        Curie(ways=("directions",)).run(cubic(), Toy(Heisenberg(J, 2.5), gives=("energy",)))
     monkeypatch.setattr(curie, "spirit_is_installed", lambda: False)
     with pytest.raises(CalculatorError, match="install it"):
         Curie(ways=("model",)).run(cubic(), toy())

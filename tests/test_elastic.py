@@ -27,6 +27,7 @@ from mmace_props.protocol import STENCIL, SpinCalculator, strained, voigt_strain
 from mmace_props.structures import read_structure
 from pymatgen.core import Lattice, Structure
 from pymatgen.core.elasticity import ElasticTensor
+from scipy.optimize import root
 from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
@@ -37,9 +38,11 @@ from .toys import (
     AnisotropicLength,
     CapableToy,
     CommitteeToy,
+    Cubic,
     Heisenberg,
     Landau,
     Magnetoelastic,
+    PseudoDipolar,
     Springs,
     Toy,
     as_tensor,
@@ -422,6 +425,39 @@ def test_magnetoelastic_constants(axis):
     assert float(dataset["magnetoelastic_disagreement"]) == pytest.approx(0, abs=1e-4)
 
 
+def pressed(axis=(0, 0, 1.0)):
+    """Fcc iron of one atom with a magnetoelastic coupling in its nearest bonds."""
+    model = CapableToy(Morse(), PseudoDipolar(2e-5, 3.0, 2.0, NEIGHBOUR))
+    return with_moments(bulk("Fe", "fcc", a=3.5), [2.0 * np.array(axis) / np.linalg.norm(axis)]), model
+
+
+def test_magnetostriction_under_pressure():
+    """λ100 and λ111 are those of the crystal that finds its shape under 40 GPa with moments along [001] and [111]."""
+    atoms, model = pressed()
+    dataset = Elastic(pressure=40.0, finite_strain=False).run(atoms, model)
+    state = Atoms("Fe", positions=dataset["positions"].values, cell=dataset["cell"].values, pbc=True)
+    calculator = SpinCalculator(model)
+
+    def shape(axis):
+        moments = [2.0 * np.array(axis) / np.linalg.norm(axis)]
+
+        def excess(six):
+            strain = sum(voigt_strain(v, x) for v, x in enumerate(six))
+            return calculator.stress(strained(state, strain), moments) + 40 / GPA * np.array([1.0, 1, 1, 0, 0, 0])
+
+        found = root(excess, np.zeros(6), tol=1e-13)
+        assert np.abs(found.fun).max() < 1e-10
+        return found.x
+
+    along, across, diagonal = shape((0, 0, 1)), shape((1, 0, 0)), shape((1, 1, 1))
+    expected = {"lambda100": 2 / 3 * (along[2] - across[2]), "lambda111": diagonal[3:].mean()}
+    for name, value in expected.items():
+        assert abs(value) > 1e-6
+        assert dataset[name].values == pytest.approx(value, rel=2e-3)
+    c = dataset["C_lagrangian"].sel(level="ions").values
+    assert c[3, 3] > 1.1 * float(dataset["C"].sel(level="ions")[3, 3])
+
+
 def test_moments_that_follow_change_the_magnetoelastic_coupling():
     """Anisotropy that depends on |m|, and |m| that depends on volume, make a coupling g g'/(2 b V) (n_z² - 1/3)."""
     g, other = 0.05, 1e-6
@@ -503,13 +539,18 @@ def test_committee_spread():
 
 
 def test_the_shipped_potential_agrees_with_finite_strain():
-    """B2 FeAl stretched along one axis, ions and moments relaxed: second derivatives are the slopes of the stress."""
+    """Slopes of the stress go to the second derivatives with the fourth power of the step, ions and |m| relaxed.
+
+    No shell of neighbours lies within a step of the cut-off, where the envelope is smooth to second order only.
+    """
     atoms = with_moments(read_structure(EXAMPLES / "FeAl_strained.cif"), [0.8, 0.0])
-    calculator = MMACECalculator("default", soc=False, moments="magnitudes", committee=False)
-    dataset = Elastic(relax="ions", strain_step=1e-3).run(atoms, calculator)
-    assert np.abs(dataset["stress"].values).max() > 1
-    assert dataset["disagreement"].values == pytest.approx(0, abs=1e-3)
-    assert np.abs(dataset["C"].sel(level="clamped") - dataset["C"].sel(level="relaxed")).max() > 2
+    atoms.set_cell(1.015 * atoms.cell[:], scale_atoms=True)
+    calculator = MMACECalculator("default", soc=False, moments="magnitudes", committee=False, tolerance=1e-10)
+    coarse, fine = (Elastic(relax="ions", strain_step=step).run(atoms, calculator) for step in (2e-3, 1e-3))
+    assert np.abs(fine["stress"].values).max() > 1
+    assert fine["disagreement"].values == pytest.approx(0, abs=1e-4)
+    assert coarse["disagreement"].values / fine["disagreement"].values == pytest.approx(16, rel=0.2)
+    assert np.abs(fine["C"].sel(level="clamped") - fine["C"].sel(level="relaxed")).max() > 2
 
 
 def test_dataset_opens_plainly(tmp_path):
@@ -545,3 +586,17 @@ def test_refusals():
     atoms.positions[0, 0] += 0.1
     with pytest.raises(ConvergenceError, match="the ions are not at rest; use relax ions"):
         Elastic(relax="none").run(still(atoms), CapableToy(Springs(K, NEIGHBOUR, 3.0)))
+
+
+@pytest.mark.parametrize("mode", ["magnitudes", "full"])
+def test_magnetostriction_where_moments_may_turn(mode):
+    """Moments that turn with a shear make it softer, by B2²/2k, but λ is the strain at directions that are held."""
+    stiffness = 2e-3
+    model = CapableToy(Landau(**SOFT), Magnetoelastic(REFERENCE, *STIFF, B1, B2), Cubic(stiffness * 2.85**3 / 2))
+    dataset = Elastic(moments=mode, relax="none", finite_strain=False).run(iron(), model)
+    one = dataset.sel(level="relaxed")
+    c11, c12, c44 = STIFF
+    if mode == "full":
+        assert float(one["C"].sel(strain="yz", strain_2="yz")) < 0.97 * c44 * GPA
+    assert float(one["lambda100"]) == pytest.approx(-2 / 3 * B1 / (c11 - c12), rel=0.02)
+    assert float(one["lambda111"]) == pytest.approx(-1 / 3 * B2 / c44, rel=0.02)

@@ -2,17 +2,20 @@
 
 import numpy as np
 import pytest
+import spglib
 import xarray as xr
 from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import write_dataset
-from mmace_props.errors import CalculatorError, ConvergenceError, MomentError, OptionError
+from mmace_props.errors import ConvergenceError, MomentError, OptionError, StructureError
 from mmace_props.exchange import Exchange, SpinModel
+from mmace_props.magnon import Magnon
 from mmace_props.protocol import with_moments
 from mmace_props.spiral import SpinSpiral
 from mmace_props.supercell import Pairs, Supercell
 from scipy.spatial.transform import Rotation
 
+from .test_suite_protocol import EnergyToy
 from .toys import (
     DMI,
     Biquadratic,
@@ -57,9 +60,10 @@ def test_bravais_ferromagnets(lattice, neighbours, a):
     assert float(dataset["tc_mean_field"]) == pytest.approx(mean_field, rel=1e-6)
     assert float(dataset["tc_rpa"]) == pytest.approx(mean_field / WATSON[lattice], rel=1e-6)
     stiffness = 2 / 3 / M * neighbours * exchange * distance**2 * 1e3
-    assert float(dataset["stiffness"]) == pytest.approx(stiffness, rel=1e-6)
+    assert float(dataset["stiffness_sum"]) == pytest.approx(stiffness, rel=1e-6)
+    assert float(dataset["stiffness"]) == pytest.approx(stiffness, rel=1e-5)
     assert float(dataset["left_out"]) < 1e-9
-    assert int(dataset["shell_count"][0]) == neighbours
+    assert dataset["shell_count"].values[0].tolist() == [neighbours] * 2
 
 
 def test_two_sublattices_of_different_moments():
@@ -73,15 +77,123 @@ def test_two_sublattices_of_different_moments():
     for k in range(3):
         label = str(dataset["shell_pair"].values[k])
         assert float(dataset["shell_J"][k]) == pytest.approx(1e3 * tables.pop(label), rel=1e-9)
-        assert int(dataset["shell_count"][k]) == counts[label]
+        assert dataset["shell_count"].values[k].tolist() == [counts[label]] * 2
     assert not tables
     matrix = np.array([[6 * 0.4e-3 * 2.1**2, 8 * 2.4e-3 * 2.73], [8 * 2.4e-3 * 2.73, 6 * 0.4e-3 * 1.3**2]])
     expected = 2 / 3 * np.linalg.eigvalsh(matrix)[-1] / BOLTZMANN
     assert float(dataset["tc_mean_field"]) == pytest.approx(expected, rel=1e-6)
     # long waves carry both sublattices along: D = (2/3) Σ J R² / (m₁ + m₂)
     weight = 2 * 8 * 2.4e-3 * 2.73 * (2.8**2 * 0.75) + 6 * 0.4e-3 * (2.1**2 + 1.3**2) * 2.8**2
-    assert float(dataset["stiffness"]) == pytest.approx(2e3 / 3 * weight / 3.4, rel=1e-6)
-    assert np.isnan(float(dataset["tc_rpa"]))
+    assert float(dataset["stiffness_sum"]) == pytest.approx(2e3 / 3 * weight / 3.4, rel=1e-6)
+    assert float(dataset["stiffness"]) == pytest.approx(2e3 / 3 * weight / 3.4, rel=1e-5)
+    assert 0.6 * expected < float(dataset["tc_rpa"]) < expected
+    # where only unlike atoms interact the lattice is bcc with one J
+    unlike = quick().run(with_moments(atoms, moments), CapableToy(Heisenberg(J, 2.5), soc=False))
+    bcc = 2 / 3 * 8 * J * 2.1 * 1.3 / BOLTZMANN
+    assert float(unlike["tc_mean_field"]) == pytest.approx(bcc, rel=1e-6)
+    assert float(unlike["tc_rpa"]) == pytest.approx(bcc / WATSON["bcc"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lattice", ["sc", "bcc"])
+def test_antiferromagnets_of_two_sublattices_order_like_ferromagnets(lattice):
+    """Classical spins turned over on every other site have the same temperatures, mean field and RPA."""
+    if lattice == "sc":
+        cell = 2.4 * np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+        atoms, near, count = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=cell, pbc=True), 2.5, 6
+    else:
+        atoms, near, count = bulk("Fe", cubic=True, a=2.8), 2.6, 8
+    data = quick(mesh=16).run(with_moments(atoms, [M, -M]), CapableToy(Heisenberg(-J, near), soc=False))
+    mean_field = 2 / 3 * count * J * M**2 / BOLTZMANN
+    assert float(data["tc_mean_field"]) == pytest.approx(mean_field, rel=1e-6)
+    assert not data["ordering_q"].values.any()
+    assert "note" not in data.attrs
+    assert float(data["tc_rpa"]) == pytest.approx(mean_field / WATSON[lattice], rel=1e-4)
+
+
+def test_mean_field_of_a_spiral():
+    """A chain with J1 > 0 > J2: the largest J(q) lies where cos 2πq = -J1/4J2, between the points of the mesh."""
+    chain = with_moments(Atoms("Fe", cell=[9.0, 9.5, 2.5], pbc=True), [[0, 0, M]])
+    j1, j2 = 2e-3, -1.1e-3
+    data = quick(radius=5.1).run(chain, CapableToy(Heisenberg(j1 - j2, 2.6), Heisenberg(j2, 5.1), soc=False))
+    wave = np.arccos(-j1 / 4 / j2) / 2 / np.pi
+    np.testing.assert_allclose(data["ordering_q"], [0, 0, wave], atol=1e-5)
+    largest = 2 * M**2 * (j1 * np.cos(2 * np.pi * wave) + j2 * np.cos(4 * np.pi * wave))
+    assert float(data["tc_mean_field"]) == pytest.approx(2 / 3 * largest / BOLTZMANN, rel=1e-6)
+    assert "J(q) is largest at q = (0, 0, " in data.attrs["note"]
+
+
+def test_the_wrong_order_of_one_cell_is_said_to_be_wrong():
+    """Parallel sublattices of an antiferromagnet share q = 0 with the right order, which is not theirs."""
+    atoms = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8] * 3, pbc=True)
+    data = quick().run(with_moments(atoms, [M, M]), CapableToy(Heisenberg(-J, 2.6), soc=False))
+    assert "another order of the cell's own moments" in data.attrs["note"]
+    assert float(data["tc_mean_field"]) == pytest.approx(2 / 3 * 8 * J * M**2 / BOLTZMANN, rel=1e-6)
+    assert np.isnan(float(data["tc_rpa"]))
+
+
+def test_stiffness_beyond_the_supercell():
+    """Frozen spirals have all of (2/3m) Σ J R²; the sum over the supercell's J's lacks a part."""
+    atoms = bulk("Fe", a=2.8)
+    toy = CapableToy(Heisenberg(J, 8.1, 0.5), soc=False)
+    data = quick(radius=3.0, tolerance=1.0).run(ferromagnet(atoms), toy)
+    steps = np.stack(np.meshgrid(*[np.arange(-5, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    r = np.linalg.norm(steps @ atoms.cell[:], axis=1)
+    r = r[(r > 0) & (r < 8.1)]
+    expected = 2e3 / 3 / M * J * M**2 * (np.exp(-0.5 * (r - 2.5)) * r**2).sum()
+    assert float(data["stiffness"]) == pytest.approx(expected, rel=1e-4)
+    assert float(data["stiffness_sum"]) < 0.7 * expected
+    labels = [r.label for r in Exchange().summary(data)]
+    assert f"stiffness, J truncated at {data.attrs['unique_radius']:.1f} Å" in labels
+    on = quick(radius=3.0, tolerance=1.0).run(ferromagnet(atoms), toy.replace(soc=True))
+    assert "stiffness" not in on
+
+
+def test_stiffness_of_sublattices_that_yield():
+    """A chain with two springs in a row: the weaker bond turns more, D_zz = (2/m) J_a J_b c²/(J_a + J_b)."""
+    atoms = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0, 0, 0.4]], cell=[9.0, 9.5, 5.0], pbc=True)
+    toy = CapableToy(Heisenberg(J, 3.1, 2.0, 2.0), soc=False)
+    data = quick(radius=4.0).run(ferromagnet(atoms), toy)
+    a, b = J * M**2, J * M**2 * np.exp(-2.0)
+    expected = 1e3 * 2 / M * a * b / (a + b) * 25 / 3
+    assert float(data["stiffness"]) == pytest.approx(expected, rel=1e-4)
+    assert float(data["stiffness_sum"]) == pytest.approx(expected, rel=1e-6)
+    waves = Magnon(radius=4.0, points=5, mesh=2, moments="fixed").run(ferromagnet(atoms), toy)
+    assert float(waves["stiffness_frozen"]) == pytest.approx(expected, rel=1e-4)
+    assert float(waves["stiffness"]) == pytest.approx(expected, rel=1e-5)
+
+
+def heusler():
+    """DO3 Fe3Al with two inequivalent sites of Fe."""
+    places = [[0.25] * 3, [0.75] * 3, [0.5] * 3, [0, 0, 0]]
+    cell = 2.9 * np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    return with_moments(Atoms("Fe3Al", scaled_positions=places, cell=cell, pbc=True), [1.9, 1.9, 2.4, 0.0])
+
+
+def test_shells_of_unequal_coordination():
+    """Every atom of DO3's first site has 4 of the second at hand, and one of the second 8 of the first."""
+    dataset = quick().run(heusler(), CapableToy(Heisenberg(J, 3.0), soc=False))
+    shells = {str(n): k for k, n in reversed(list(enumerate(dataset["shell_pair"].values)))}
+    assert dataset["shell_count"].values[shells["Fe0-Fe2"]].tolist() == [4, 8]
+    assert float(dataset["shell_J"][shells["Fe0-Fe2"]]) == pytest.approx(1e3 * J * 1.9 * 2.4, rel=1e-9)
+    assert dataset["shell_count"].values[shells["Fe0-Fe0"]].tolist() == [6, 6]
+    assert float(dataset["shell_J"][shells["Fe0-Fe0"]]) == pytest.approx(1e3 * J * 1.9**2, rel=1e-9)
+    assert "J Fe0-Fe2, 2.511 Å, 4 and 8 neighbours" in [r.label for r in Exchange().summary(dataset)]
+
+
+def test_pairs_that_symmetry_does_not_relate_are_different_shells():
+    """Parallel and antiparallel neighbours at one distance, with a biquadratic term that tells them apart."""
+    cell = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0, 0, 0.5]], cell=[2.5, 2.5, 5.0], pbc=True)
+    b = 2e-4
+    toy = CapableToy(Heisenberg(-J, 2.6), Biquadratic(b, 2.6), soc=False)
+    dataset = quick().run(with_moments(cell, [M, -M]), toy)
+    near = np.flatnonzero(dataset["shell_distance"].values < 2.6)
+    assert dataset["shell_count"].values[near, 0].tolist() in ([4, 2], [2, 4])
+    for k in near:
+        sign = float(dataset["shell_cosine"][k])
+        assert float(dataset["shell_J"][k]) == pytest.approx(1e3 * (-J * M**2 + 2 * sign * b), rel=1e-6)
+    labels = [r.label for r in Exchange().summary(dataset)]
+    assert "J Fe-Fe, 2.500 Å parallel, 4 neighbours" in labels
+    assert "J Fe-Fe, 2.500 Å antiparallel, 2 neighbours" in labels
 
 
 def test_rocksalt_antiferromagnet():
@@ -126,6 +238,8 @@ def test_full_tensors_without_symmetry():
             expected = isotropic * np.eye(3) + dipolar * np.exp(-(distance - 2.5)) * np.outer(unit, unit)
             expected = size * (expected + dmi * np.einsum("c,cab->ab", unit, signs))
         np.testing.assert_allclose(dataset["tensor"].values[p], 1e3 * expected, atol=1e-8)
+        even = (expected + expected.T) / 2 - np.trace(expected) / 3 * np.eye(3)
+        np.testing.assert_allclose(dataset["anisotropic"].values[p], 1e3 * even, atol=1e-8)
         if inside:
             np.testing.assert_allclose(dataset["D"].values[p], 1e3 * size * dmi * unit, atol=1e-8)
             again = dataset["i"].values[p] * 2 + dataset["j"].values[p]
@@ -168,11 +282,26 @@ def test_triangular_reference():
         with_moments(atoms, moments), CapableToy(Heisenberg(-J, 2.7), soc=False)
     )
     assert data["shell_J"].values[0] == pytest.approx(-1e3 * J * M**2, rel=1e-9)
-    assert int(data["shell_count"][0]) == 6
+    assert data["shell_count"].values[0].tolist() == [6, 6]
     assert float(data["J_zero"]) == pytest.approx(3e3 * J * M**2, rel=1e-9)
     np.testing.assert_allclose(np.linalg.norm(data["direction"], axis=1), 1)
     np.testing.assert_allclose(data["model_error"], 0, atol=1e-8)
-    assert np.isnan(float(data["stiffness"]))
+    assert np.isnan(float(data["stiffness_sum"]))
+    assert "stiffness" not in data
+
+
+def test_no_biquadratic_term_beside_a_canted_reference():
+    """At 120° the Hessian mixes J and B: (e·e)² has curvature there, so B is not fitted, and the table says why."""
+    cell = 2.6 * np.array([[1.5, np.sqrt(3) / 2, 0], [0, np.sqrt(3), 0], [0, 0, 3.0]])
+    atoms = Atoms("Fe3", cell=cell, scaled_positions=[[0, 0, 0], [1 / 3, 1 / 3, 0], [2 / 3, 2 / 3, 0]], pbc=True)
+    angles = 2 * np.pi / 3 * np.arange(3)
+    moments = M * np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    toy = CapableToy(Heisenberg(-J, 2.7), Biquadratic(2e-4, 2.7), soc=False)
+    data = Exchange(points=5, mesh=4, radius=3.0, states=20).run(with_moments(atoms, moments), toy)
+    assert "biquadratic" not in data
+    assert float(data["direction_residual"]) > 0.05
+    rows = {r.label: r.value for r in Exchange().summary(data)}
+    assert rows["biquadratic exchange"].startswith("not fitted")
 
 
 def test_single_ion_tensor():
@@ -182,6 +311,20 @@ def test_single_ion_tensor():
     dataset = quick().run(with_moments(atoms, [2.0, 0.0]), toy)
     np.testing.assert_allclose(dataset["single_ion"].values[0], 0.3 * np.diag([-1, -1, 2]) / 3, atol=1e-7)
     np.testing.assert_allclose(dataset["onsite_offset"], 0, atol=1e-7)
+    without = Exchange().summary(quick().run(with_moments(atoms, [2.0, 0.0]), toy.replace(soc=False)))
+    assert not any("anisotrop" in r.label for r in without)
+    rows = {r.label: r.value for r in Exchange().summary(dataset)}
+    assert rows["single-ion anisotropy of Fe 0, hard less easy"] == pytest.approx(0.3, rel=1e-5)
+    # D m² (r̂r̂ - 1/3) of the pair at 2.8 Å is the largest
+    strongest = 2e-4 * np.exp(-0.3) * 4 * 2 / 3
+    assert rows["largest symmetric anisotropic exchange"] == pytest.approx(1e3 * strongest, rel=1e-5)
+
+
+def test_no_symmetry_is_an_error_of_the_suite(monkeypatch):
+    """What spglib cannot find is said with what to change."""
+    monkeypatch.setattr(spglib, "get_magnetic_symmetry", lambda *_, **__: None)
+    with pytest.raises(StructureError, match="choose another --symprec"):
+        quick().run(ferromagnet(bulk("Fe", a=2.8)), CapableToy(Heisenberg(J, 2.6), soc=False))
 
 
 def test_moments_off_their_minimum_do_not_leak():
@@ -288,12 +431,14 @@ def test_the_supercell_grows_until_nothing_is_left():
 
 
 def test_an_unstable_reference_is_said_to_be_one():
-    """Ferromagnetic order of an antiferromagnet: no temperature, and a note with the better wave vector."""
+    """Ferromagnetic order of an antiferromagnet: the temperature of the better wave vector, and a note with it."""
     dataset = quick(points=31).run(ferromagnet(bulk("Fe", a=2.8)), CapableToy(Heisenberg(-J, 2.6), soc=False))
     assert "not the lowest state" in dataset.attrs["note"]
-    assert np.isnan(float(dataset["tc_mean_field"]))
+    assert float(dataset["tc_mean_field"]) == pytest.approx(2 / 3 * 8 * J * M**2 / BOLTZMANN, rel=1e-6)
+    np.testing.assert_allclose(np.abs(dataset["ordering_q"]), 0.5, atol=1e-6)
     assert np.isnan(float(dataset["tc_rpa"]))
     assert float(dataset["stiffness"]) < 0
+    assert float(dataset["stiffness_sum"]) < 0
 
 
 def test_calculators_without_capabilities():
@@ -305,17 +450,43 @@ def test_calculators_without_capabilities():
     np.testing.assert_allclose(slow["tensor"], fast["tensor"], atol=1e-9)
 
 
+def test_calculators_that_give_energies_alone():
+    """Differences of differences of the energy give the tensors to a part in 10⁶."""
+    terms = (Heisenberg(J, 2.6), PseudoDipolar(3e-4, 2.6))
+    atoms = with_moments(Atoms("Fe", cell=[2.5, 3.2, 3.2], pbc=True), [[0, 0, M]])
+    fast = quick(radius=2.6).run(atoms, CapableToy(*terms))
+    slow = quick(radius=2.6).run(atoms, EnergyToy(*terms))
+    np.testing.assert_allclose(slow["tensor"], fast["tensor"], atol=1e-6 * float(np.abs(fast["tensor"]).max()))
+
+
 def test_committee_and_dataset(tmp_path):
     """Mean and spread of every J, a file that opens plainly, a picture."""
     toys = CommitteeToy([CapableToy(Heisenberg(j, 2.6), soc=False) for j in (1e-3, 2e-3, 4e-3)])
     dataset = quick().run(ferromagnet(bulk("Fe", a=2.8)), toys)
     assert float(dataset["shell_J"][0]) == pytest.approx(7e-3 / 3 * 1e3 * M**2, rel=1e-9)
     assert float(dataset["shell_J_std"][0]) == pytest.approx(np.std([1, 2, 4], ddof=1) * M**2, rel=1e-9)
+    chiral_toys = CommitteeToy([CapableToy(Heisenberg(J, 2.6), DMI(d, 2.6)) for d in (1e-4, 3e-4)])
+    told = Exchange(points=5, mesh=4, states=5).run(with_moments(chiral(), [2.1, 1.4]), chiral_toys)
+    for row in Exchange().summary(told):
+        if not isinstance(row.value, str) and row.label != "pairs within":
+            assert row.spread is not None, row.label
+    strongest = next(r for r in Exchange().summary(told) if r.label == "largest |D|")
+    assert strongest.spread == pytest.approx(strongest.value / np.sqrt(2), rel=1e-6)
     write_dataset(dataset, tmp_path / "x.nc")
     with xr.open_dataset(tmp_path / "x.nc") as again:
         xr.testing.assert_identical(again.load(), dataset)
     Exchange().plot(dataset).savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_temperatures_of_the_members_that_have_one():
+    """A member whose reference is not the lowest state has no RPA temperature: the others' mean, with their number."""
+    toys = CommitteeToy([CapableToy(Heisenberg(j, 2.6), soc=False) for j in (1e-3, 2e-3, -1e-3)])
+    data = quick().run(ferromagnet(bulk("Fe", a=2.8)), toys)
+    assert np.isfinite(float(data["tc_rpa"]))
+    assert int(data["tc_rpa_count"]) == 2
+    assert any(r.label == "Tc, RPA, 2 of 3 members" and r.spread > 0 for r in Exchange().summary(data))
+    assert data.attrs["ordering"] == "the members of the committee disagree"
 
 
 def test_spin_model_energy_of_two_spins():
@@ -342,8 +513,6 @@ def test_refusals():
         quick().run(with_moments(atoms, np.zeros((2, 3))), toy)
     with pytest.raises(MomentError, match="vanish"):
         quick(moments="magnitudes").run(ferromagnet(atoms, 1.0), CapableToy(Landau(-0.05, 0.001), soc=False))
-    with pytest.raises(CalculatorError, match="gives magnetic_forces"):
-        quick().run(ferromagnet(atoms), Toy(Heisenberg(J, 2.6), gives=("energy",)))
     with pytest.raises(OptionError, match="no path 'GQQ'"):
         quick(path="GQQ").run(ferromagnet(atoms), toy)
     with pytest.raises(OptionError, match="radius"):

@@ -91,6 +91,19 @@ def test_vampire(name, request, tmp_path):
     assert moment == pytest.approx(abs(float(dataset["moments"][0])))
 
 
+def test_vampire_keeps_the_cell_of_an_atom_on_its_boundary(plain, tmp_path):
+    """A coordinate of -1e-17 is 0, not 1 in the cell before."""
+    scaled = plain["scaled"].values.copy()
+    scaled[0, 1] = -1e-17
+    moved = plain.assign_coords(scaled=plain["scaled"].variable.copy(data=scaled))
+    export(moved, "vampire", tmp_path)
+    rows = [x.split() for x in (tmp_path / "vampire.UCF").read_text().splitlines() if not x.startswith("#")]
+    assert float(rows[5][2]) == 0
+    table = spin_table(moved)
+    shifts = [[int(x) for x in row[3:6]] for row in rows[5 + len(table.elements) + 1 :]]
+    np.testing.assert_array_equal(shifts, table.shift)
+
+
 def test_uppasd(plain, tmp_path):
     """Energy of its code: -Σ_{i≠j} J S·S in mRy, and +Σ D·(S×S); bonds in lattice coordinates."""
     export(plain, "uppasd", tmp_path)

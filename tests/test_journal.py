@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import xarray as xr
 from ase import Atoms
+from ase.build import bulk
+from mmace_props.coupled import Coupled
+from mmace_props.elastic import Elastic
 from mmace_props.errors import OutputError
 from mmace_props.journal import Journal, fingerprint
+from mmace_props.phonon import Phonon
 from mmace_props.protocol import SpinCalculator, with_moments
+from mmace_props.relax import Relaxation
 
-from .toys import CapableToy, CommitteeToy, Landau, from_options
+from .toys import DMI, CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Uniaxial, from_options
 
 ROOT = Path(__file__).parent.parent
 ATOMS = with_moments(Atoms("FeAl", [[0, 0, 0], [1.4, 1.4, 1.4]], cell=[2.8, 2.8, 2.8], pbc=True), [2.0, 0.0])
@@ -155,3 +160,71 @@ def test_a_killed_run_goes_on(tmp_path):
     assert not parts.exists()
     with xr.open_dataset(tmp_path / "whole.nc") as a, xr.open_dataset(tmp_path / "x.nc") as b:
         assert a.drop_attrs().identical(b.drop_attrs())
+
+
+class Counted(CapableToy):
+    """A toy that writes down every evaluation, and kills its own process when `fatal` of them have begun."""
+
+    log: Path
+    begun, fatal = 0, 0
+
+    def begin(self, what, atoms, *more):
+        Counted.begun += 1
+        if Counted.begun == Counted.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with Counted.log.open("a") as file:
+            file.write(fingerprint({"what": what, "atoms": atoms, "more": list(more)}) + "\n")
+
+    def get_property(self, name, atoms=None, allow_calculation=True):
+        self.begin(name, atoms)
+        return super().get_property(name, atoms, allow_calculation)
+
+    def evaluate_spins(self, atoms, moments, magnetic_forces=True):
+        self.begin("spins", atoms, np.asarray(moments))
+        return super().evaluate_spins(atoms, moments, magnetic_forces)
+
+    def hessian(self, atoms, blocks=("rr", "rm", "mm"), rows=None):
+        self.begin("hessian", atoms, list(blocks), [] if rows is None else list(rows))
+        return super().hessian(atoms, blocks, rows)
+
+
+def case(name):
+    """A property, a structure and a model, of a second at most."""
+    fcc = with_moments(bulk("Fe", "fcc", a=3.65), [[0, 0, 1.9]])
+    soft = Counted(Springs(3.0, 3.6 / np.sqrt(2), 3.0), Landau(0.05, 0.006), soc=False)
+    chain = with_moments(Atoms("Fe", cell=[2.5, 6, 6.5], pbc=True), [[0, 0, 1.8]])
+    terms = Springs(10.0, 2.4, 2.6), Heisenberg(6e-4, 2.6, 2.0, 2.5), DMI(1e-3, 2.6), Uniaxial(5e-4)
+    bands = {"dim": (4, 1, 1), "path": "GX", "points": 9, "moments": "fixed"}
+    if name == "elastic":
+        return Elastic(relax="none", moments="fixed"), fcc, soft
+    if name == "relax":
+        return Relaxation(moments="magnitudes"), fcc, soft
+    if name == "phonon":
+        return Phonon(**bands, paramagnetic=2, mesh=2, method="displacements"), chain, Counted(*terms[:2], soc=False)
+    return Coupled(**bands), chain, Counted(*terms)
+
+
+def evaluated(name, folder, parts, fatal=0):
+    """Run a case with its parts in a folder; return its dataset and the evaluations made."""
+    Counted.log, Counted.begun, Counted.fatal = Path(folder) / "log", 0, fatal
+    Counted.log.write_text("")
+    prop, atoms, calculator = case(name)
+    dataset = prop.run(atoms, calculator, journal=Journal(Path(folder) / parts, 0.0))
+    return dataset, Counted.log.read_text().split()
+
+
+@pytest.mark.parametrize("name", ["elastic", "relax", "phonon", "coupled"])
+def test_a_killed_property_repeats_no_finished_part(tmp_path, name):
+    """Killed in its last third, another process makes the evaluations that are missing and none of the others."""
+    whole, needed = evaluated(name, tmp_path, "whole")
+    assert len(set(needed)) == len(needed) >= 3
+    fatal = 1 + 2 * len(needed) // 3
+    order = f"from tests.test_journal import evaluated; evaluated({name!r}, {str(tmp_path)!r}, 'parts', {fatal})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", order], env=environment, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    finished = (tmp_path / "log").read_text().split()
+    assert finished == needed[: fatal - 1]
+    again, repeated = evaluated(name, tmp_path, "parts")
+    assert repeated == needed[fatal - 1 :]
+    assert again.drop_attrs().identical(whole.drop_attrs())

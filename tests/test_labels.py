@@ -25,7 +25,7 @@ from mmace.errors import LabelError, MissingProgramError
 from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
 from mmace.labels.check import compare_differences, compare_labels, difference_plan, refined_plan
 from mmace.labels.files import check_checksums, read_labels, write_checksums, write_labels
-from mmace.labels.gate import collect, fingerprint, job_frames, judge
+from mmace.labels.gate import collect, earlier_labels, fingerprint, job_frames, judge
 from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, read_splits, write_plan, write_splits
 from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
 from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling
@@ -448,6 +448,29 @@ def test_collect_counts_what_was_rejected(tmp_path: Path) -> None:
     assert [atoms.info["name"] for atoms in frames] == ["one"]
     assert report.rejected == {"duplicate": ["again"], "moment": ["off"]}
     assert (report.accepted, report.unfinished) == (1, 1)
+
+
+def test_label_files_are_enough_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the folder of the runs: labels stay, rejections are remembered, a changed job is run again."""
+    plan = Plan("test", COLLINEAR, (feal("one"), feal("off", moment=2.4), feal("open", shift=0.1)))
+    write_plan(tmp_path / "plan.json", plan)
+    run_plan(plan, tmp_path / "work", stand_in(tmp_path), only=["one", "off"])
+    labels, report = str(tmp_path / "labels.extxyz"), str(tmp_path / "report.json")
+    arguments = ["label", "collect", str(tmp_path / "plan.json"), "-o", labels, "--report", report, "--work"]
+    assert main([*arguments, str(tmp_path / "work")]) == 0
+    before = [Path(path).read_bytes() for path in (labels, report)]
+    assert main([*arguments, str(tmp_path / "lost")]) == 0
+    assert [Path(path).read_bytes() for path in (labels, report)] == before
+
+    monkeypatch.setattr("mmace.labels.cli.find_programs", lambda *_: stand_in(tmp_path))
+    started = calls(tmp_path)
+    again = ["label", "run", str(tmp_path / "plan.json"), "--work", str(tmp_path / "lost"), "--nice", "0"]
+    assert main([*again, "--labels", labels, "--report", report]) == 0
+    assert calls(tmp_path) == started + 1
+    assert earlier_labels(plan, read_labels(labels)).keys() == {"one"}
+    for changed in (feal("one", shift=0.0601), feal("one", moment=2.703)):
+        assert not earlier_labels(Plan("test", COLLINEAR, (changed,)), read_labels(labels))
+    assert not earlier_labels(Plan("test", NONCOLLINEAR, (feal("one"),)), read_labels(labels))
 
 
 # Differences

@@ -270,7 +270,7 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
     pressure = 8 * NEAR * (far * NEAR - decay * born(NEAR)) + 6 * A * (far * A - decay * born(A))
     rest = pressure / (far * (8 * NEAR + 6 * A))
     terms = Springs(near, NEAR, NEAR + 0.2), Springs(far, rest, A + 0.2), Heisenberg(-push, A + 0.2, decay, NEAR)
-    settings = {"volumes": 7, "strain": 0.03, "t_max": 300.0, "t_step": 20.0, "mesh": 6}
+    settings = {"volumes": 7, "strain": 0.03, "t_max": 300.0, "t_step": 5.0, "mesh": 6}
     atoms = with_moments(bulk("Fe", a=A), [[0, 0, M]])
     dataset = quick(method="hessian", **settings).run(atoms, CapableToy(*terms, soc=False))
 
@@ -303,6 +303,25 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
     assert "leaves the range" in narrow.attrs["note"]
 
 
+def test_thermal_expansion_leaves_unstable_volumes_out():
+    """A crystal that shears by itself when compressed: its stable volumes give what a range without others gives."""
+    near, far, short = 2.0, 0.05, 0.97 * NEAR
+    pressure = 8 * NEAR * (near * (NEAR - short) + far * NEAR) + 6 * A * far * A
+    terms = Springs(near, short, NEAR + 0.2), Springs(far, pressure / (far * (8 * NEAR + 6 * A)), A + 0.2)
+    atoms = with_moments(bulk("Fe", a=A), [[0, 0, M]])
+    settings = {"volumes": 13, "t_max": 300.0, "t_step": 20.0, "mesh": 6}
+    wide, narrow = (
+        quick(method="hessian", strain=strain, **settings)
+        .run(atoms, CapableToy(*terms, soc=False))
+        .sel(temperature=100.0)
+        for strain in (0.2, 0.06)
+    )
+    assert (wide["lowest_of_volume"].values < -0.5).tolist() == [True] * 2 + [False] * 11
+    assert narrow["lowest_of_volume"].values.min() > -1e-3
+    assert float(wide["volume"]) == pytest.approx(float(narrow["volume"]), rel=2e-3)
+    assert float(wide["bulk_modulus"]) == pytest.approx(float(narrow["bulk_modulus"]), rel=0.05)
+
+
 def test_committee_goes_through_the_whole_property():
     """The mean of two members' frequencies and their spread, not the frequency of the mean; files for both."""
     members = [toy(springs=3.0), toy(springs=5.0)]
@@ -312,6 +331,30 @@ def test_committee_goes_through_the_whole_property():
     np.testing.assert_allclose(dataset["frequency"].values, np.mean(each, axis=0), atol=1e-5)
     np.testing.assert_allclose(dataset["frequency_std"].values, np.std(each, axis=0, ddof=1), atol=1e-5)
     assert dataset["dos_member"].shape[0] == 2
+
+
+def test_one_unstable_member_is_seen():
+    """The mean of two members has no imaginary mode, but one member has: it is counted, and its mode is named."""
+    members = [toy(springs=0.5), toy(Springs(10.0, NEAR - 0.3, NEAR + 0.1))]
+    prop = quick(slopes=True)
+    dataset = prop.run(bcc(m=6.0), CommitteeToy(members))
+    single = [quick().run(bcc(m=6.0), member) for member in members]
+    assert min(dataset[name].values.min() for name in ("frequency", "mesh_frequency")) > -1e-2
+    for name in ("lowest", "imaginary_share"):
+        each = np.array([float(one[name]) for one in single])
+        assert np.ptp(each) > 0.05
+        np.testing.assert_allclose(dataset[f"{name}_member"].values, each, atol=1e-9)
+        assert float(dataset[name]) == pytest.approx(each.mean(), abs=1e-9)
+        assert float(dataset[f"{name}_std"]) == pytest.approx(each.std(ddof=1), abs=1e-9)
+    assert int(dataset["unstable_members"]) == 1
+    np.testing.assert_allclose(dataset["lowest_q"].values, single[0]["lowest_q"].values)
+    assert dataset.attrs["note"].startswith("1 of the committee's 2 members have imaginary modes")
+    rows = {r.label: r for r in prop.summary(dataset)}
+    largest = int(np.abs(dataset["frequency_slope"].values).argmax())
+    assert rows["members with imaginary modes"].value == "1 of 2"
+    lowest, slope = (next(r for k, r in rows.items() if k.startswith(x)) for x in ("lowest freq", "largest ∂ω/∂m"))
+    assert lowest.spread == pytest.approx(float(dataset["lowest_std"]))
+    assert slope.spread == pytest.approx(float(dataset["frequency_slope_std"].values.ravel()[largest]))
 
 
 def bands_by_phonopy(folder, q, *arguments):

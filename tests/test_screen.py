@@ -16,6 +16,7 @@ from ase.io import write
 from mmace_props.base import Row
 from mmace_props.cli import main
 from mmace_props.eos import EquationOfState
+from mmace_props.errors import OptionError
 from mmace_props.protocol import with_moments
 from mmace_props.screen import Outcome, Setup, outcome_table, screen, structure_files
 from mmace_props.structures import read_structure
@@ -198,6 +199,14 @@ def test_an_unexpected_error_of_one_structure_does_not_stop_the_others(crystals)
     assert found[1].failure == "unexpected ZeroDivisionError: a bug"
 
 
+def test_one_place_for_all_structures_is_refused_from_python_too(crystals):
+    """Nothing is computed, and no folder is made."""
+    setup = Setup("phonon", {"phonopy": "p"}, "fixed", factory=TOY)
+    with pytest.raises(OptionError, match="the same folder"):
+        screen(structure_files([crystals]), setup, crystals.parent / "parts")
+    assert [p.name for p in crystals.parent.iterdir()] == ["in"]
+
+
 BAD = [
     (["screen", "in"], "name the property to screen with --property"),
     (["screen", "in", "--property", "eoss"], "did you mean 'eos'"),
@@ -209,6 +218,8 @@ BAD = [
     (["screen", "in", "--property", "eos", "--points", "3"], "points cannot be 3"),
     (["screen", "in", "--property", "eos", "--moments", "m.txt"], "fits one structure alone"),
     (["screen", "in", "--property", "relax", "--write", "a.mcif"], "write to the same file"),
+    (["screen", "in", "--property", "phonon", "--phonopy", "p"], "write phonopy's files to the same folder"),
+    (["screen", "in", "--property", "phonon", "--from", "phonopy_disp.yaml"], "holds one structure alone"),
     (["screen", "in", "--property", "eos", "-o", "no/a.nc"], "does not exist"),
     (["screen", "in", "--property", "eos", "-o", "a"], "name an output with a suffix"),
     (["screen", "in", "--property", "eos", "--poins", "9"], "did you mean '--points'"),

@@ -8,7 +8,7 @@ from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.errors import CalculatorError, MomentError, OptionError
 from mmace_props.protocol import SpinCalculator, with_moments
-from mmace_props.spiral import SpinSpiral, name_of, primitive_cell
+from mmace_props.spiral import SpinSpiral, name_of, primitive_cell, wave_classes
 
 from .toys import DMI, CapableToy, CommitteeToy, Heisenberg, Landau, Toy
 
@@ -126,6 +126,47 @@ def test_names():
     assert name_of(np.array([0.5, 0.5, 0])) == "antiferromagnetic at (1/2, 1/2, 0)"
     assert name_of(np.array([0, 0, 1 / 3])) == "commensurate, period 3, at (0, 0, 1/3)"
     assert name_of(np.array([0, 0, 0.2137])) == "incommensurate"
+    body, one, two = np.array([[0, 0, 0], [0.5, 0.5, 0.5]]), np.array([1.0, 0, 0]), np.array([2.0, 0, 0])
+    assert name_of(one, body, np.array([M, -M])) == "ferromagnetic at (1, 0, 0)"
+    assert name_of(two, body, np.array([M, -M])) == "the order given, q = 0"
+    assert name_of(one, body, np.array([M, M])) == "antiferromagnetic at (1, 0, 0)"
+    assert name_of(one, body, np.array([M, 2 * M])) == "ferrimagnetic at (1, 0, 0)"
+    assert name_of(one, body, np.array([M, 0.0])) == "the order given, q = 0"
+    layers = np.array([[0, 0, 0], [1 / 3, 1 / 3, 0], [2 / 3, 2 / 3, 0]])
+    assert name_of(one, layers, np.full(3, M)) == "non-collinear within the cell at (1, 0, 0)"
+    assert name_of(one / 2, layers, np.full(3, M)) == "commensurate, period 2, at (1/2, 0, 0)"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_other_order_of_two_sublattices_is_no_q_zero(sign):
+    """From the antiferromagnet the lowest spiral of a ferromagnet lies a reciprocal lattice vector away, and back."""
+    atoms = with_moments(bulk("Fe", cubic=True, a=2.8), [[0, 0, M], [0, 0, -M]])
+    toy = CapableToy(Heisenberg(sign * J1, 2.6), soc=False)
+    dataset = SpinSpiral(path="GX", points=5, mesh=2).run(atoms, toy)
+    expected, name = (
+        (-1e3 * 16 * J1 * M**2, "ferromagnetic at (1, 0, 0)") if sign > 0 else (0, "the order given, q = 0")
+    )
+    assert float(dataset["minimum_energy"]) == pytest.approx(expected, abs=1e-6)
+    assert dataset.attrs["minimum"] == name
+
+
+def test_the_search_reaches_the_true_period():
+    """A chain of two layers: q and q + c* are different spirals, and the lowest may lie in the second zone alone."""
+    places = np.array([[0, 0, 0], [0, 0, 0.5]])
+    classes, nothing = wave_classes(places)
+    assert classes.tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert np.all(nothing[:, 2] % 2 == 0)
+    assert len(wave_classes(np.array([[0, 0, 0], [1 / 3, 2 / 3, 0.25]]))[0]) == 12
+    assert wave_classes(places[:1])[0].tolist() == [[0, 0, 0]]
+    atoms = Atoms("FeCr", scaled_positions=places, cell=[9.0, 9.5, 5.0], pbc=True)
+    # nearest layers antiparallel by J1, next ones by J2 into a spiral: 2πq/2 = π - arccos(J1/4J2)
+    j1, j2 = 2e-3, 1.1e-3
+    toy = CapableToy(Heisenberg(-j1 + j2, 2.6), Heisenberg(-j2, 5.1), soc=False)
+    dataset = SpinSpiral(path="GX", points=3).run(with_moments(atoms, [M, M]), toy)
+    turn = np.arccos(-j1 / 4 / j2) / np.pi
+    assert 0.5 < turn < 1
+    np.testing.assert_allclose(np.abs(dataset["minimum_q"].values), [0, 0, turn], atol=1e-5)
+    assert dataset.attrs["minimum"] == "incommensurate"
 
 
 def test_chirality_with_spin_orbit_coupling():
@@ -187,6 +228,14 @@ def test_committee_and_dataset(tmp_path):
     one = SpinSpiral(points=11, mesh=4).run(iron(), toys.members[0])
     np.testing.assert_allclose(dataset["energy"], one["energy"] * np.mean([1, 2, 4]), atol=1e-9)
     np.testing.assert_allclose(dataset["energy_std"], np.abs(one["energy"]) * np.std([1, 2, 4], ddof=1), atol=1e-9)
+    split = CommitteeToy([CapableToy(Heisenberg(j, 2.6), soc=False) for j in (1e-3, 2e-3, -1e-3)])
+    mixed = SpinSpiral(points=5, mesh=4).run(iron(), split)
+    assert mixed.attrs["minimum"].startswith("members disagree: the order given, q = 0 (2 of 3), antiferromagnetic at")
+    assert SpinSpiral().summary(mixed)[2].value == mixed.attrs["minimum"]
+    chiral = CommitteeToy([CapableToy(Heisenberg(J1, 2.6), DMI(d, 2.6)) for d in (1e-4, 3e-4)])
+    told = SpinSpiral(q=(0.0, 0.0, 0.25)).run(iron(), chiral)
+    for row in [*SpinSpiral().summary(dataset), *SpinSpiral().summary(told)]:
+        assert isinstance(row.value, str) or row.spread is not None, row.label
     write_dataset(dataset, tmp_path / "s.nc")
     with xr.open_dataset(tmp_path / "s.nc") as again:
         xr.testing.assert_identical(again.load(), dataset)

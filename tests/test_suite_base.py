@@ -16,6 +16,7 @@ from mmace_props.base import (
     as_json,
     checked,
     combine,
+    derived,
     load_property,
     option,
     plugins,
@@ -23,7 +24,7 @@ from mmace_props.base import (
     write_dataset,
 )
 from mmace_props.cli import main
-from mmace_props.errors import OptionError, OutputError, PropertyError, did_you_mean
+from mmace_props.errors import ConvergenceError, OptionError, OutputError, PropertyError, did_you_mean
 from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.provenance import attribute, magnetic_space_group
 
@@ -101,6 +102,47 @@ def test_committee():
     assert dataset.attrs["committee_members"] == 3
 
 
+class BelowLimit(ScaledEnergy):
+    """Refuses an energy below one of the calculator's own: members differ in it."""
+
+    error: ClassVar[type[PropertyError]] = ConvergenceError
+    limit = 0.0
+
+    def compute(self, atoms, calculator, progress):
+        dataset = super().compute(atoms, calculator, progress)
+        if dataset["energy"] < self.limit:
+            raise self.error(f"an energy of {float(dataset['energy']):.3f} eV is too low")
+        return dataset
+
+
+def test_a_member_without_result_is_left_out_and_named():
+    """Mean and spread over the others, a warning, the sentence in the file; not where half of them fail."""
+    toys = [CapableToy(Heisenberg(j, 3.0)) for j in (1e-3, 4e-3, 2e-3)]
+    single = np.array([float(ScaledEnergy().run(iron(), t)["energy"]) for t in toys])
+    assert single[1] < single[2] < single[0]
+    prop = BelowLimit()
+    prop.limit = (single[1] + single[2]) / 2
+    with pytest.warns(UserWarning, match=r"2 of 3 members of the committee \(member 2: an energy of"):
+        dataset = prop.run(iron(), CommitteeToy(toys))
+    assert float(dataset["energy"]) == pytest.approx((single[0] + single[2]) / 2)
+    assert float(dataset["energy_std"]) == pytest.approx(abs(single[0] - single[2]) / np.sqrt(2))
+    assert dataset["member"].values.tolist() == [0, 2]
+    assert dataset.attrs["members_without_result"].startswith("member 2: an energy of")
+    prop.limit = (single[0] + single[2]) / 2
+    with pytest.raises(ConvergenceError, match="too low"):
+        prop.run(iron(), CommitteeToy(toys))
+
+
+def test_bad_input_is_no_matter_of_a_member():
+    """What is wrong with an option or a structure is said at once, also where one member alone meets it."""
+    toys = [CapableToy(Heisenberg(j, 3.0)) for j in (1e-3, 4e-3, 2e-3)]
+    prop = BelowLimit()
+    prop.limit = 0.99 * float(ScaledEnergy().run(iron(), toys[1])["energy"])
+    prop.error = OptionError
+    with pytest.raises(OptionError, match="too low"):
+        prop.run(iron(), CommitteeToy(toys))
+
+
 def test_datasets_without_units_or_of_strange_types_are_refused():
     """Every variable explains itself, and netCDF can hold it."""
     with pytest.raises(PropertyError, match="'x' has no units"):
@@ -139,9 +181,10 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_combine_keeps_coordinates():
     """Named dimensions survive."""
     part = xr.Dataset({"x": variable("a", [1.0, 2.0], "eV", "x")}, {"a": variable("a", [0, 1], "1", "a")})
-    both = combine([part, part.copy(deep=True)])
+    both = combine([part, part.copy(deep=True)], [0, 2])
     assert both["x_member"].dims == ("member", "a")
     assert both["a"].values.tolist() == [0, 1]
+    assert both["member"].values.tolist() == [0, 2]
 
 
 def test_magnetic_space_groups():
@@ -245,3 +288,17 @@ def test_progress_is_reported():
     toys = CommitteeToy([CapableToy(Uniaxial(1e-4)), CapableToy(Uniaxial(2e-4))])
     ScaledEnergy().run(iron(), toys, lambda stage, done, total: seen.append((stage, done, total)))
     assert seen == [("member 1/2, energy", 1, 1), ("member 2/2, energy", 1, 1)]
+
+
+def test_derived_numbers_go_through_the_members():
+    """The mean of a quotient, with its spread, not the quotient of the means; one model has no spread."""
+    parts = [
+        xr.Dataset({"a": variable((), a, "eV", "a"), "b": variable((), b, "eV", "b")})
+        for a, b in ((1.0, 2.0), (3.0, 4.0), (2.0, 8.0))
+    ]
+
+    def quotient(dataset):
+        return float(dataset["a"] / dataset["b"])
+
+    assert derived(combine(parts, range(3)), quotient) == pytest.approx((0.5, 0.25))
+    assert derived(parts[1], quotient) == (0.75, None)

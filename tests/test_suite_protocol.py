@@ -30,6 +30,19 @@ TERMS = (
 BLOCKS = ("rr", "rm", "mm", "ee", "er", "em")
 
 
+class EnergyToy(Toy):
+    """A toy that gives energies alone, of many spin configurations at once."""
+
+    implemented_properties = ("energy",)
+
+    @property
+    def soc(self):
+        return self.options.soc
+
+    def evaluate_spins(self, atoms, moments):
+        return {"energy": self.evaluate(atoms, moments)[0].sum(1).detach().numpy()}
+
+
 @pytest.fixture
 def atoms():
     crystal = bulk("Fe", cubic=True, a=2.83)
@@ -44,6 +57,19 @@ def test_first_derivatives_from_energies(atoms):
     for name in ("forces", "stress", "magnetic_forces"):
         wanted = getattr(exact, name)(atoms, m)
         np.testing.assert_allclose(getattr(bare, name)(atoms, m), wanted, rtol=1e-7, atol=1e-9 * np.abs(wanted).max())
+
+
+def test_spin_batches_without_forces(atoms):
+    """A calculator whose batches hold energies alone: differences of them, or its own forces one by one."""
+    batch = np.random.default_rng(1).normal(size=(3, 2, 3))
+    wanted = SpinCalculator(CapableToy(*TERMS)).evaluate_spins(atoms, batch)["magnetic_forces"]
+    spin = SpinCalculator(EnergyToy(*TERMS))
+    assert spin.differs_twice
+    assert not spin.has("magnetic_forces")
+    np.testing.assert_allclose(spin.evaluate_spins(atoms, batch)["magnetic_forces"], wanted, rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(spin.magnetic_forces(atoms, batch[0]), wanted[0], rtol=1e-7, atol=1e-10)
+    bare = SpinCalculator(Toy(*TERMS, gives=("energy",)))
+    np.testing.assert_allclose(bare.evaluate_spins(atoms, batch)["magnetic_forces"], wanted, rtol=1e-7, atol=1e-10)
 
 
 def test_hessian_from_gradients(atoms):

@@ -32,7 +32,7 @@ from mmace.training import (
     spread_calibration,
     train,
 )
-from mmace.training.batches import DirectionBatch, LabelBatch
+from mmace.training.batches import DirectionBatch, LabelBatch, ground_energies
 from mmace.training.evaluate import _binned_ratios
 from mmace.training.loop import _redrawn
 from mmace.training.loss import direction_loss, label_loss
@@ -209,6 +209,33 @@ def test_transverse_magnetic_forces_weigh_less(teacher, labels):
         for error in (1e-3 * axis, 1e-3 * across / np.linalg.norm(across))
     ]
     assert losses[1] == pytest.approx(TOLERANCES.transverse**2 * losses[0], rel=0.05)
+
+
+def test_tolerances_grow_above_the_ground_of_a_composition(teacher, labels):
+    """Every error counts 1 + a ΔE times less; ΔE, per atom, is from the lowest label of the composition, not of all."""
+    usable = [x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al") and not x.soc]
+    low, *_, high = sorted(usable, key=lambda x: x.energy)
+    doubled = replace(low, symbols=low.symbols * 2, energy=2 * low.energy - 6.0)
+    ground = ground_energies([low, high, replace(high, symbols=("Fe", "Al", "Al"), energy=low.energy - 3.0)])
+    assert sorted(ground.values()) == pytest.approx([(low.energy - 3.0) / 3, low.energy / 3])
+    assert min(ground_energies([low, doubled]).values()) == pytest.approx(low.energy / 3 - 1.0)
+    excess = (high.energy - low.energy) / 3
+    assert excess > 0.05
+    tolerances = Tolerances(relative=0.0, above_ground=5.0, outlier=1e6)
+    wrong = replace(
+        high,
+        energy=high.energy + 0.01,
+        forces=high.forces + 0.1,
+        stress=high.stress + 0.01,
+        magnetic_forces=high.magnetic_forces + 0.05,
+    )
+    plain, grown = (
+        label_loss(teacher, LabelBatch.of(wrong, teacher, tolerances, given), tolerances) for given in (None, ground)
+    )
+    factor = (1 + 5.0 * (excess + 0.01 / 3)) ** 2
+    for name in ("energy", "forces", "stress", "magnetic_forces"):
+        assert getattr(plain, name).item() > 0.1
+        assert getattr(plain, name).item() == pytest.approx(factor * getattr(grown, name).item(), rel=1e-3), name
 
 
 def test_gradients_along_the_moment_alone(teacher, labels, tmp_path):

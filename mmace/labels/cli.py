@@ -17,7 +17,7 @@ from rich.table import Table
 from ..errors import LabelError
 from . import check
 from .files import check_checksums, read_labels, write_checksums, write_labels, write_text
-from .gate import collect
+from .gate import collect, earlier_labels
 from .plan import read_plan, read_splits, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, run_plan
 from .sampling import read_sampling
@@ -63,13 +63,22 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     run = actions.add_parser("run", help="run the jobs of a plan that have no result yet; stop and start at any time")
     _add_run_options(run)
     run.add_argument("--only", nargs="+", metavar="JOB", help="names of the jobs to run")
+    run.add_argument(
+        "--labels", nargs="+", default=[], metavar="FILE", help="label files: jobs that have their label there are kept"
+    )
+    run.add_argument("--report", help="report of an earlier `collect`: jobs rejected there are kept too")
     run.add_argument("--retry", action="store_true", help="run failed jobs again")
     run.set_defaults(run=_run)
 
     gather = actions.add_parser("collect", help="write the finished jobs that pass the quality gate as labels")
     gather.add_argument("plan", help="plan file")
     gather.add_argument("--work", default=WORK, help="folder of the runs (default %(default)s)")
-    gather.add_argument("-o", "--output", required=True, help="extended XYZ file; SHA256SUMS beside it is renewed")
+    gather.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="extended XYZ file, whose labels of this plan stay; SHA256SUMS beside it is renewed",
+    )
     gather.add_argument("--report", help="JSON file for the counts of what was rejected and why")
     gather.set_defaults(run=_collect)
 
@@ -181,14 +190,19 @@ def _run(args: argparse.Namespace) -> int:
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
     os.nice(args.nice)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only)
+    finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_labels(path)]))
+    if args.report:
+        finished |= {name for names in _rejected(args.report).values() for name in names}
+    counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only, finished)
     print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     return 0
 
 
 def _collect(args: argparse.Namespace) -> int:
     plan = read_plan(args.plan)
-    frames, report = collect(plan, args.work)
+    earlier = read_labels(args.output) if Path(args.output).is_file() else []
+    known = _rejected(args.report) if args.report and Path(args.report).is_file() else {}
+    frames, report = collect(plan, args.work, earlier, known)
     if not frames:
         raise LabelError(f"no finished label of {plan.name!r} under {args.work!r}; run the plan first")
     write_labels(args.output, frames)
@@ -206,6 +220,15 @@ def _collect(args: argparse.Namespace) -> int:
     for reason, names in rejected.items():
         print(f"rejected, {reason}: {len(names)} ({', '.join(names)})")
     return 0
+
+
+def _rejected(path: str) -> dict[str, list[str]]:
+    try:
+        return dict(json.loads(Path(path).read_text())["rejected"])
+    except OSError as error:
+        raise LabelError(f"cannot read the report {path!r}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise LabelError(f"{path!r} is no report of `mmace label collect --report`") from None
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ase.neighborlist import neighbor_list
 from spglib import get_symmetry_dataset
 
 from ..errors import LabelError
-from .plan import Job, Plan
+from .plan import Job, Plan, Recipe
 from .run import read_result
 
 MOMENT_TOLERANCE = 2e-3
@@ -99,7 +99,51 @@ def _equivalent(job: Job, carriers: Sequence[str]) -> list[np.ndarray]:
     return [(classes == k) & held for k in np.unique(classes[held])]
 
 
-def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
+def earlier_labels(plan: Plan, frames: Sequence[Atoms]) -> dict[str, list[Atoms]]:
+    """Labels of an earlier run that still answer the jobs of a plan, so that label files are enough to go on from.
+
+    Parameters
+    ----------
+    plan : Plan
+    frames : sequence of Atoms
+        From label files.
+
+    Returns
+    -------
+    dict name of a job → list of Atoms
+        One frame, or one for each direction of an anisotropy job. A frame whose recipe, structure or moments are not
+        those of the job of its name is left out.
+    """
+    by_name: dict[str, list[Atoms]] = {}
+    for atoms in frames:
+        if atoms.info["recipe"] == plan.recipe.name:
+            by_name.setdefault(atoms.info.get("anisotropy_group", atoms.info["name"]), []).append(atoms)
+    found = {}
+    for job in plan.jobs:
+        labels = by_name.get(job.name, [])
+        directions = plan.settings(job).get("directions", [None])
+        if len(labels) == len(directions) and all(_answers(job, atoms, plan.recipe) for atoms in labels):
+            found[job.name] = labels
+    return found
+
+
+def _answers(job: Job, atoms: Atoms, recipe: Recipe) -> bool:
+    asked = job.atoms()
+    if tuple(atoms.symbols) != job.symbols or atoms.info["parent"] != job.parent:
+        return False
+    if not np.allclose(atoms.cell.array, asked.cell.array, atol=1e-6):
+        return False
+    if not np.allclose(atoms.positions, asked.positions, atol=1e-6):
+        return False
+    if recipe.engine != "abinit" or not recipe.settings.get("constrained", True):
+        return True
+    reached, targets = atoms.arrays["initial_magmoms"], np.array(job.moments)
+    return bool(np.allclose(reached, targets, atol=MOMENT_TOLERANCE))
+
+
+def collect(
+    plan: Plan, work: str | Path, earlier: Sequence[Atoms] = (), rejected: Mapping[str, Sequence[str]] | None = None
+) -> tuple[list[Atoms], Report]:
     """Labels of all finished jobs of a plan that pass the gate.
 
     Parameters
@@ -107,6 +151,10 @@ def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
     plan : Plan
     work : path
         Where the plan was run.
+    earlier : sequence of Atoms
+        Labels that an earlier run collected: they stand for jobs without a result in `work`.
+    rejected : mapping reason → names of jobs, optional
+        What an earlier run rejected, of jobs without a result in `work`.
 
     Returns
     -------
@@ -117,16 +165,21 @@ def collect(plan: Plan, work: str | Path) -> tuple[list[Atoms], Report]:
     frames: list[Atoms] = []
     report = Report()
     known: list[tuple[np.ndarray, float]] = []
+    before = earlier_labels(plan, earlier)
+    refused = {name: reason for reason, names in (rejected or {}).items() for name in names}
     for job in plan.jobs:
         result = read_result(plan, job, work)
-        if result is None:
+        if result is not None:
+            reason = judge(job, result, plan.recipe.carriers)
+        elif job.name in before or job.name in refused:
+            reason = None if job.name in before else refused[job.name]
+        else:
             report.unfinished += 1
             continue
-        reason = judge(job, result, plan.recipe.carriers)
         if reason is None:
-            labels = job_frames(plan, job, result)
+            labels = before[job.name] if result is None else job_frames(plan, job, result)
             print_of = fingerprint(labels[0])
-            energy = result["energy"] / len(labels[0])
+            energy = labels[0].get_potential_energy() / len(labels[0])
             if any(_same(print_of, energy, *other) for other in known):
                 reason = "duplicate"
             else:

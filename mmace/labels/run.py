@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +84,7 @@ def run_plan(
     retry: bool = False,
     limit_s: float = 3600.0,
     only: Sequence[str] | None = None,
+    finished: Collection[str] = (),
     console: Console | None = None,
 ) -> dict[str, int]:
     """Run the jobs of a plan that have no result yet, in the order of the plan.
@@ -105,16 +106,20 @@ def run_plan(
         Wall time after which a job is given up, seconds.
     only : sequence of str, optional
         Names of the jobs to run.
+    finished : collection of str
+        Names of jobs that need no run: their labels were collected before.
     console : rich Console, optional
 
     Returns
     -------
     dict
-        Number of jobs by outcome: `done`, `failed`, `kept` (had a result before), `busy` (another run has it).
+        Number of jobs by outcome: `done`, `failed`, `kept` (had a result or label before), `busy` (elsewhere).
     """
     work = Path(work)
     jobs = [job for job in plan.jobs if only is None or job.name in only]
     counts = dict.fromkeys(("done", "failed", "kept", "busy"), 0)
+    counts["kept"] = sum(job.name in finished for job in jobs)
+    jobs = [job for job in jobs if job.name not in finished]
     guard, stop = threading.Lock(), threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

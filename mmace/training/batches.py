@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,6 +16,8 @@ from ..model import MagneticMACE
 from .recipe import Tolerances
 
 SMALL_MOMENT = 1e-3  # µB; below it a moment has no direction
+
+Composition = frozenset[tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ class Target:
         return Target(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+def ground_energies(labels: Iterable[LabelledStructure]) -> dict[Composition, float]:
+    """Lowest energy of each composition, eV/atom; labels of anisotropy groups have no absolute energy."""
+    lowest: dict[Composition, float] = {}
+    for label in labels:
+        if label.anisotropy_group is None and np.isfinite(label.energy):
+            key = _composition(label)
+            lowest[key] = min(lowest.get(key, math.inf), label.energy / len(label))
+    return lowest
+
+
 @dataclass(frozen=True)
 class LabelBatch:
     """G structures with targets for energies and first derivatives.
@@ -81,10 +95,17 @@ class LabelBatch:
     transverse: torch.Tensor
 
     @classmethod
-    def of(cls, label: LabelledStructure, model: MagneticMACE, tolerances: Tolerances) -> LabelBatch:
-        """Batch of one label."""
+    def of(
+        cls,
+        label: LabelledStructure,
+        model: MagneticMACE,
+        tolerances: Tolerances,
+        ground: Mapping[Composition, float] | None = None,
+    ) -> LabelBatch:
+        """Batch of one label; `tolerances.above_ground` counts from the lowest energies in `ground`, eV/atom."""
         dtype = model.dtype
         relative = tolerances.relative
+        wider = 1.0 + tolerances.above_ground * _excess(label, ground or {})
         magnitude = np.linalg.norm(label.moments, axis=1, keepdims=True)
         axis = np.where(magnitude > SMALL_MOMENT, label.moments / np.maximum(magnitude, SMALL_MOMENT), 0.0)
         along = label.magnetic_forces_parallel[:, None] * axis
@@ -92,11 +113,13 @@ class LabelBatch:
         magnetic_forces = np.where(along_alone, along, label.magnetic_forces)
         return cls(
             graph=_graph(label, model),
-            energy=Target.of(np.array([label.energy]), tolerances.energy * len(label), torch.float64),
-            forces=Target.of(label.forces, _widened(tolerances.forces, relative, label.forces), dtype),
-            stress=Target.of(label.stress[None], _widened(tolerances.stress, relative, label.stress[None]), dtype),
+            energy=Target.of(np.array([label.energy]), wider * tolerances.energy * len(label), torch.float64),
+            forces=Target.of(label.forces, _widened(wider * tolerances.forces, relative, label.forces), dtype),
+            stress=Target.of(
+                label.stress[None], _widened(wider * tolerances.stress, relative, label.stress[None]), dtype
+            ),
             magnetic_forces=Target.of(
-                magnetic_forces, _widened(tolerances.magnetic_forces, relative, magnetic_forces), dtype
+                magnetic_forces, _widened(wider * tolerances.magnetic_forces, relative, magnetic_forces), dtype
             ),
             axis=torch.tensor(axis, dtype=dtype),
             transverse=torch.tensor(np.where(along_alone, 0.0, tolerances.transverse), dtype=dtype),
@@ -175,6 +198,20 @@ class DirectionBatch:
 def _graph(label: LabelledStructure, model: MagneticMACE) -> Graph:
     config = model.config
     return Graph.from_atoms(label.atoms(), config.elements, config.cutoff, soc=float(label.soc), dtype=model.dtype)
+
+
+def _composition(label: LabelledStructure) -> Composition:
+    counts = Counter(label.symbols)
+    common = math.gcd(*counts.values())
+    return frozenset((symbol, count // common) for symbol, count in counts.items())
+
+
+def _excess(label: LabelledStructure, ground: Mapping[Composition, float]) -> float:
+    """Energy above the ground, eV/atom; zero where label or composition has no energy."""
+    energy = label.energy / len(label)
+    if not np.isfinite(energy):
+        return 0.0
+    return max(0.0, energy - ground.get(_composition(label), energy))
 
 
 def _widened(tolerance: float, relative: float, label: np.ndarray) -> np.ndarray:

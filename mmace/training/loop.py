@@ -20,7 +20,7 @@ from ..errors import LabelError, MMACEError
 from ..files import whole_file
 from ..io import save_model, weights_hash
 from ..model import MagneticMACE, ModelConfig
-from .batches import DirectionBatch, LabelBatch
+from .batches import DirectionBatch, LabelBatch, ground_energies
 from .checkpoint import read_checkpoint, write_checkpoint
 from .distributed import Processes, current_processes, part_of_probe
 from .evaluate import Prediction, errors_of, predict
@@ -203,6 +203,7 @@ class _Run:
         )
         if saved is not None:
             self._restore(*saved)
+        self.ground = ground_energies([*train_labels, *(() if start is None else start.replay)])
         self.labels, self.groups = self._batches(train_labels)
         self.replay, self.replay_groups = self._batches([] if start is None else start.replay)
         known = [*self.groups, *self.replay_groups]
@@ -257,7 +258,7 @@ class _Run:
     def _batches(self, labels: Sequence[LabelledStructure]) -> tuple[list[LabelBatch], list[DirectionBatch]]:
         device, tolerances = self.model.device, self.recipe.tolerances
         single = [
-            LabelBatch.of(label, self.model, tolerances).to(device)
+            LabelBatch.of(label, self.model, tolerances, self.ground).to(device)
             for label in labels
             if label.anisotropy_group is None
         ]

@@ -42,6 +42,9 @@ class Tolerances:
         Added to the tolerance of anisotropy, as a fraction of the group's root mean square.
     transverse : float
         Weight of magnetic forces across the moment; those of constrained non-collinear calculations are less exact.
+    above_ground : float
+        Growth of all tolerances of a structure but that of anisotropy, relative, for every eV/atom that its energy lies
+        above the lowest training label of its composition: properties follow from the bottom of the surface.
     outlier : float
         Tolerances beyond which an error counts linearly.
     """
@@ -54,6 +57,7 @@ class Tolerances:
     relative: float = 0.02
     relative_anisotropy: float = 0.05
     transverse: float = 0.2
+    above_ground: float = 0.0
     outlier: float = 5.0
 
 

@@ -1,0 +1,49 @@
+"""Examples on the pages: what stands there was printed by the model that is shipped."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def runner():
+    spec = importlib.util.spec_from_file_location("examples", DOCS / "examples.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["examples"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["examples"]
+
+
+def test_every_example_is_of_the_shipped_model(runner):
+    found = runner.examples()
+    assert {e.arguments[0] for e in found} >= {
+        *("anisotropy", "coupled", "curie", "elastic", "eos", "exchange", "magnon", "phonon", "relax", "spiral")
+    }
+    stale = [e.command for e in found if not runner.is_current(e)]
+    assert not stale, "run docs/examples.py"
+
+
+def test_an_example_is_replaced_on_its_page(runner, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n\n```\n$ mmace-props eos \\\n    a.cif\nold\n```\n\n```\n$ mmace-props eos b.cif\nkept\n```\n"
+    )
+    monkeypatch.setattr(runner, "PAGES", tmp_path)
+    first, second = runner.examples()
+    assert first.arguments == ["eos", "a.cif"]
+    assert (first.output, second.output) == ("old\n", "kept\n")
+    runner.put(first, "new\nlines\n")
+    assert [e.output for e in runner.examples()] == ["new\nlines\n", "kept\n"]
+    assert page.read_text().startswith("before\n")
+    assert not runner.is_current(second)
+
+
+def test_a_command_that_fails_says_so(runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "WORK", tmp_path)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        runner.run(runner.Example(tmp_path, "mmace-props eos nowhere.cif", ""))
