@@ -314,6 +314,57 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
     assert float(restraint_loss(quiet, probe).detach()) > 1.0
 
 
+def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(teacher, labels):
+    from mmace.training.batches import composition
+    from mmace.training.restraint import crystals_to_shake, floor_loss, shake
+
+    ground = ground_energies(labels["train"])
+    crystals = crystals_to_shake(labels["train"], ground)
+    assert len(crystals) == sum(x.anisotropy_group is None for x in labels["train"])
+    assert all(len(c.atoms) >= 4 for c in crystals)
+    first = next(x for x in labels["train"] if x.anisotropy_group is None)
+    assert crystals[0].ground == ground[composition(first)]
+
+    def drawn(stiffness, seed=3):
+        rng = np.random.default_rng(seed)
+        return [shake(c, teacher, stiffness, rng) for c in crystals]
+
+    for crystal, cell in zip(crystals, drawn(2.0), strict=True):
+        scaled = crystal.atoms.positions * (float(cell.graph.volume) / crystal.atoms.get_volume()) ** (1 / 3)
+        moved = cell.graph.positions.numpy() - scaled
+        assert moved.mean(0) == pytest.approx(np.zeros(3), abs=1e-12)
+        assert 0.0 < np.linalg.norm(moved, axis=1).max() < 0.8
+        assert cell.floor == pytest.approx(crystal.ground + 0.5 * 2.0 * (moved**2).sum(1).mean())
+        fresh = Graph.from_atoms(
+            Atoms(
+                crystal.atoms.symbols,
+                cell.graph.positions.numpy(),
+                cell=cell.graph.cell[0].numpy(),
+                pbc=True,
+                magmoms=cell.graph.moments.numpy(),
+            ),
+            teacher.elements,
+            teacher.config.cutoff,
+        )
+        assert len(fresh.sender) == len(cell.graph.sender)
+
+    cells = drawn(0.0)
+    assert [c.floor for c in cells] == [c.ground for c in crystals]
+
+    def loss_at(offset):
+        same = [replace(cell, floor=0.0) for cell in cells]
+        config = replace(teacher.config, pair_repulsion=False, atomic_energies={"Fe": offset, "Al": offset})
+        flat = MagneticMACE(config)
+        with torch.no_grad():
+            for parameter in flat.parameters():
+                parameter.zero_()
+            flat.one_body.wall = 0.0
+        return float(floor_loss(flat, same).detach())
+
+    assert loss_at(0.01) == 0.0
+    assert loss_at(-0.02) == pytest.approx(2 * 5.0**2 * (np.sqrt(1 + 1 / 5.0**2) - 1))
+
+
 def test_restraint_of_spin_orbit_energies_starts_at_its_bound(teacher, labels):
     from mmace.training.restraint import spin_orbit_loss
 

@@ -65,7 +65,7 @@ def ground_energies(labels: Iterable[LabelledStructure]) -> dict[Composition, fl
     lowest: dict[Composition, float] = {}
     for label in labels:
         if label.anisotropy_group is None and np.isfinite(label.energy):
-            key = _composition(label)
+            key = composition(label)
             lowest[key] = min(lowest.get(key, math.inf), label.energy / len(label))
     return lowest
 
@@ -200,7 +200,8 @@ def _graph(label: LabelledStructure, model: MagneticMACE) -> Graph:
     return Graph.from_atoms(label.atoms(), config.elements, config.cutoff, soc=float(label.soc), dtype=model.dtype)
 
 
-def _composition(label: LabelledStructure) -> Composition:
+def composition(label: LabelledStructure) -> Composition:
+    """Smallest whole numbers of each element."""
     counts = Counter(label.symbols)
     common = math.gcd(*counts.values())
     return frozenset((symbol, count // common) for symbol, count in counts.items())
@@ -211,7 +212,7 @@ def _excess(label: LabelledStructure, ground: Mapping[Composition, float]) -> fl
     energy = label.energy / len(label)
     if not np.isfinite(energy):
         return 0.0
-    return max(0.0, energy - ground.get(_composition(label), energy))
+    return max(0.0, energy - ground.get(composition(label), energy))
 
 
 def _widened(tolerance: float, relative: float, label: np.ndarray) -> np.ndarray:

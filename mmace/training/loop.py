@@ -26,7 +26,16 @@ from .distributed import Processes, current_processes, part_of_probe
 from .evaluate import Prediction, errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
 from .recipe import Recipe
-from .restraint import Probe, make_probe, restraint_loss, spin_orbit_loss
+from .restraint import (
+    Crystal,
+    Probe,
+    crystals_to_shake,
+    floor_loss,
+    make_probe,
+    restraint_loss,
+    shake,
+    spin_orbit_loss,
+)
 from .setup import initial_model
 
 CHECKPOINT_SECONDS = 60.0
@@ -220,7 +229,8 @@ class _Run:
             math.ceil((len(self.labels) + self.replayed) / recipe.batch_size),
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
-        self.loss: torch.nn.Module = _StepLoss(self.model, recipe, self.spin_orbit_bound, self.processes)
+        crystals = crystals_to_shake([*train_labels, *(() if start is None else start.replay)], self.ground)
+        self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
 
@@ -424,9 +434,17 @@ class _Run:
 class _StepLoss(torch.nn.Module):
     """Loss of one step: this process's structures, weighed so that the mean over processes is that of the batch."""
 
-    def __init__(self, model: MagneticMACE, recipe: Recipe, spin_orbit_bound: float, processes: Processes) -> None:
+    def __init__(
+        self,
+        model: MagneticMACE,
+        recipe: Recipe,
+        crystals: Sequence[Crystal],
+        spin_orbit_bound: float,
+        processes: Processes,
+    ) -> None:
         super().__init__()
-        self.model, self.recipe, self.spin_orbit_bound, self.processes = model, recipe, spin_orbit_bound, processes
+        self.model, self.recipe, self.crystals = model, recipe, crystals
+        self.spin_orbit_bound, self.processes = spin_orbit_bound, processes
 
     def forward(
         self, labels: list[LabelBatch], groups: list[DirectionBatch], seed: int | None
@@ -463,6 +481,11 @@ class _StepLoss(torch.nn.Module):
         loss = restraint_loss(self.model, probe)
         if self.spin_orbit_bound > 0:
             loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
+        if self.crystals:
+            rng = np.random.default_rng(seed)
+            drawn = rng.integers(len(self.crystals), size=len(labels))
+            cells = [shake(self.crystals[k], self.model, self.recipe.least_stiffness, rng) for k in drawn]
+            loss = loss + floor_loss(self.model, self.processes.share(cells))
         return loss.double()
 
 

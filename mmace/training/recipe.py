@@ -93,6 +93,9 @@ class Recipe:
         Epochs between validations.
     restrain_every : int
         Steps between those that restrain the surface beyond the labels; 0 never does.
+    least_stiffness : float
+        Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least; a small part of that of the
+        softest crystal.
     patience : int
         Stop after this many epochs without a better validation.
     dtype : str
@@ -113,6 +116,7 @@ class Recipe:
     ema: float = 0.99
     validate_every: int = 5
     restrain_every: int = 2
+    least_stiffness: float = 0.5
     patience: int = 200
     dtype: str = "float64"
 

@@ -1,27 +1,39 @@
-"""What is known without labels: long moments and expansion cost energy, and spin-orbit energies are small.
+"""What is known without labels: long moments, expansion and shaken atoms cost energy; spin-orbit energies are small.
 
-Polynomials and networks say anything beyond their data. Three inequalities keep that part of the surface sane:
+Polynomials and networks say anything beyond their data. Four inequalities keep that part of the surface sane:
 dE/d|m| of a moment longer than any label's is positive; dE/dV of a crystal that is under tension already stays
-positive when it is expanded further; and spin-orbit coupling changes the energy of a structure without anisotropy
-labels by no more than it does in the labels that have it. All are one-sided, so a surface that obeys them is not
-touched.
+positive when it is expanded further; a crystal whose atoms are displaced at random lies above the lowest energy known
+of its composition; and spin-orbit coupling changes the energy of a structure without anisotropy labels by no more than
+it does in the labels that have it. All are one-sided, so a surface that obeys them is not touched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from ase import Atoms
+from ase.build import make_supercell
 
+from ..data import LabelledStructure
 from ..derivatives import evaluate
+from ..errors import StructureError
+from ..graph import Graph
 from ..model import MagneticMACE
-from .batches import LabelBatch
+from .batches import Composition, LabelBatch, composition
 
 LEAST_SLOPE = 0.2  # eV/µB, dE/d|m| beyond the labels' range
 SLOPE_TOLERANCE = 0.1  # eV/µB
 TENSION_TOLERANCE = 0.02  # eV/atom, dE/dlnV
 LONGEST_MOMENT = 1.3  # of M_z
 LARGEST_EXPANSION = 0.5  # of lengths
+FLOOR_TOLERANCE = 0.02  # eV/atom
+LARGEST_DISPLACEMENT = 0.4  # Å
+LARGEST_COMPRESSION = 0.25  # of the volume
+LONGEST_SHAKEN_MOMENT = 1.5  # of M_z
+FEWEST_ATOMS = 4
 OUTLIER = 5.0
 ROTATIONS = 3
 
@@ -107,6 +119,116 @@ def restraint_loss(model: MagneticMACE, probe: Probe) -> torch.Tensor:
     return ((probe.stretched * _penalty(too_flat)).sum() + (probe.expanded * _penalty(falling)).sum()) / graph.n_graphs
 
 
+@dataclass(frozen=True)
+class Crystal:
+    """A structure to shake.
+
+    Attributes
+    ----------
+    atoms : Atoms
+        Labelled structure, repeated to at least four atoms so that they can move against each other.
+    ground : float
+        Lowest energy known of its composition, eV/atom.
+    """
+
+    atoms: Atoms
+    ground: float
+
+
+@dataclass(frozen=True)
+class ShakenCell:
+    """A crystal with other positions, volume and moments.
+
+    Attributes
+    ----------
+    graph : Graph
+        The structure.
+    floor : float
+        Energy it lies above, eV/atom.
+    """
+
+    graph: Graph
+    floor: float
+
+
+def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Composition, float]) -> list[Crystal]:
+    """Structures of all labels with an energy of their own.
+
+    Parameters
+    ----------
+    labels : iterable of LabelledStructure
+        Training labels.
+    ground : mapping
+        From `ground_energies`.
+    """
+    crystals = []
+    for label in labels:
+        energy = ground.get(composition(label))
+        if label.anisotropy_group is not None or energy is None:
+            continue
+        atoms = label.atoms()
+        while len(atoms) < FEWEST_ATOMS:
+            repeats = np.ones(3, dtype=int)
+            repeats[np.argmin(atoms.cell.lengths())] = 2
+            atoms = make_supercell(atoms, np.diag(repeats))
+        crystals.append(Crystal(atoms, energy))
+    return crystals
+
+
+def shake(crystal: Crystal, model: MagneticMACE, stiffness: float, rng: np.random.Generator) -> ShakenCell:
+    """Displace the atoms at random, change the volume and, in half of the cases, all moments.
+
+    Parameters
+    ----------
+    crystal : Crystal
+        Where to start.
+    model : MagneticMACE
+        Gives M_z, the elements that carry moments and the cut-off.
+    stiffness : float
+        Least curvature of the energy in the displacement of an atom, eV/Å².
+    rng : numpy.random.Generator
+        Source of randomness.
+    """
+    config = model.config
+    largest = LARGEST_DISPLACEMENT
+    while True:
+        atoms = crystal.atoms.copy()
+        n_atoms = len(atoms)
+        volume = 1.0 - LARGEST_COMPRESSION + (LARGEST_COMPRESSION + 0.2) * rng.random()
+        atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
+        displacement = largest * rng.random() * _directions(n_atoms, rng) * rng.random((n_atoms, 1)) ** (1 / 3)
+        displacement -= displacement.mean(0)
+        atoms.positions += displacement
+        moments = np.asarray(atoms.get_initial_magnetic_moments())
+        if rng.random() < 0.5:
+            longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
+            lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
+            moments = lengths[:, None] * _directions(n_atoms, rng)
+        try:
+            graph = Graph.from_atoms(atoms, config.elements, config.cutoff, dtype=model.dtype, moments=moments)
+        except StructureError:
+            largest *= 0.9
+            continue
+        floor = crystal.ground + 0.5 * stiffness * float((displacement**2).sum(1).mean())
+        return ShakenCell(graph, floor)
+
+
+def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor:
+    """Penalty for shaken cells below their floor, per structure.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        The potential.
+    cells : sequence of ShakenCell
+        From `shake`.
+    """
+    graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
+    floors = torch.tensor([cell.floor for cell in cells], dtype=torch.float64, device=model.device)
+    energies = graph.per_structure(model.site_energies(graph))[0] / graph.counts
+    return _penalty(torch.relu(floors - energies) / FLOOR_TOLERANCE).mean()
+
+
 def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, generator: torch.Generator) -> torch.Tensor:
     """Penalty for spin-orbit energies beyond `bound`, per structure, with all moments turned together at random.
 
@@ -134,3 +256,8 @@ def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, genera
 
 def _penalty(x: torch.Tensor) -> torch.Tensor:
     return 2.0 * OUTLIER**2 * (torch.sqrt(1.0 + (x / OUTLIER).square()) - 1.0)
+
+
+def _directions(count: int, rng: np.random.Generator) -> np.ndarray:
+    vectors = rng.normal(size=(count, 3))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
