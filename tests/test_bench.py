@@ -3,6 +3,8 @@
 import json
 import sys
 import textwrap
+from base64 import b64decode
+from html.parser import HTMLParser
 from pathlib import Path
 
 import mmace_bench
@@ -12,13 +14,15 @@ from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from matplotlib.figure import Figure
 from mmace_bench import cli, systems
 from mmace_bench.analyse import MISS, OK, UNKNOWN, changes, compare, verdict
 from mmace_bench.calculate import anisotropy_errors, errors_of, identity, parity, state_energies, values
 from mmace_bench.cli import main
 from mmace_bench.derive import anisotropy_values, by_tag, derived_values, frozen_phonon, label_values, magnetoelastic
 from mmace_bench.errors import BenchmarkError
-from mmace_bench.report import aligned_points, figures
+from mmace_bench.rendering import html
+from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, figures
 from mmace_bench.systems import SYSTEMS, Number, Quantity, Reference, System, Task, read_system
 from mmace_props.protocol import SpinCalculator, bare, moments_of
 
@@ -100,6 +104,67 @@ def test_closed_form_through_the_command(toy_system, capsys):
     assert "closed form" in report
     assert Path("images/benchmark-FeAl-Fe-eos.png").stat().st_size > 1000
     assert "1 miss" in capsys.readouterr().out
+
+
+class Page(HTMLParser):
+    """Texts of the cells by row, addresses, and what a page would fetch or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.ids, self.links, self.images, self.foreign = [], set(), set(), [], []
+        self.in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+        elif tag == "img":
+            self.images.append(known["src"])
+        elif tag in ("script", "link", "iframe", "object"):
+            self.foreign.append(tag)
+        self.ids |= {known["id"]} if "id" in known else set()
+        self.links |= {known["href"]} if "href" in known else set()
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+
+def test_html_report_is_one_page_with_the_cells_of_the_markdown(toy_system):
+    for name in ("report.md", "report.html"):
+        assert run("--calculator", "factory.py:make", "--report", name) == 0
+    page = Page(Path("report.html").read_text())
+    rows = [line.strip("|").split("|") for line in Path("report.md").read_text().splitlines() if line.startswith("| ")]
+    assert [[c.strip() for c in row] for row in page.rows] == [[c.strip(" *") for c in row] for row in rows]
+    assert len(page.images) == 1
+    picture = b64decode(page.images[0].removeprefix("data:image/png;base64,"), validate=True)
+    assert picture.startswith(b"\x89PNG")
+    assert page.foreign == []
+    assert page.links == {"#FeAl", "#FeAl-pictures", "#FeAl-sources"}
+    assert {link[1:] for link in page.links} <= page.ids
+
+
+def test_html_report_escapes_its_texts():
+    text = "<script>alert('a')</script> & \"b\""
+    entry = Entry((text, "u", "1", "", "", "", "", "1", MISS), MISS)
+    picture = Picture("p", text, Figure(figsize=(1, 1)))
+    page = html(Report(text, [Section("X", [entry], {MISS: 1}, [text], [picture], [text])]))
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 6
+    assert Page(page).rows[1][0] == text
+
+
+def test_report_of_an_unknown_format_is_refused_before_anything_is_computed(toy_system, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run_system", None)
+    assert run("--calculator", "factory.py:make", "--report", "report.pdf") == 2
+    assert "ending in .md or .html" in capsys.readouterr().err
 
 
 def test_quick_leaves_out_the_rest_and_a_second_run_reads_what_the_first_made(toy_system, monkeypatch):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -131,32 +130,26 @@ def test_a_killed_run_goes_on(tmp_path):
     command = [sys.executable, "-m", "mmace_props.cli", "anisotropy", str(ROOT / "examples" / "FeAl_strained.cif")]
     command += ["--calculator", "tests.slow_toy:from_options", "--strain"]
 
-    def start(output, log):
-        environment = {**os.environ, "SLOW_TOY_LOG": str(tmp_path / log), "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
+    def finish(output, log, **more):
+        environment = {**os.environ, "SLOW_TOY_LOG": str(tmp_path / log), "PYTHONPATH": str(ROOT), **more}
+        done = subprocess.run(
             [*command, "-o", str(tmp_path / output)], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path
         )
+        return done, len((tmp_path / log).read_text().split())
 
-    whole = start("whole.nc", "whole.log")
-    whole.communicate()
-    needed = len((tmp_path / "whole.log").read_text().split())
-    assert needed >= 4
-
-    broken = start("x.nc", "x.log")
+    _, needed = finish("whole.nc", "whole.log")
     parts = tmp_path / ".x.nc.parts"
-    while broken.poll() is None and len(Journal(parts)) < 2:
-        time.sleep(0.02)
-    broken.send_signal(signal.SIGKILL)
-    broken.communicate()
+    broken, begun = finish("x.nc", "x.log", SLOW_TOY_FATAL=f"{parts}:2")
+    assert broken.returncode == -signal.SIGKILL
     assert not (tmp_path / "x.nc").exists()
+    assert 0 < begun < needed
     kept = len(Journal(parts))
-    assert 2 <= kept < needed
+    assert kept == 2
 
-    again = start("x.nc", "again.log")
-    out, _ = again.communicate()
+    again, left = finish("x.nc", "again.log")
     assert again.returncode == 0
-    assert f"{kept} finished parts" in out
-    assert len((tmp_path / "again.log").read_text().split()) == needed - kept
+    assert f"{kept} finished parts" in again.stdout
+    assert left == needed - begun
     assert not parts.exists()
     with xr.open_dataset(tmp_path / "whole.nc") as a, xr.open_dataset(tmp_path / "x.nc") as b:
         assert a.drop_attrs().identical(b.drop_attrs())

@@ -385,7 +385,7 @@ def test_run_keeps_finished_jobs_and_reruns_changed_ones(tmp_path: Path) -> None
 
 def test_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     stand_in(
-        tmp_path, "if (pathlib.Path(sys.argv[0]).parent / 'slow').exists() and '2.5000000000' in text: time.sleep(60)"
+        tmp_path, "if (pathlib.Path(sys.argv[0]).parent / 'slow').exists() and '2.5000000000' in text: time.sleep(250)"
     )
     plan = Plan("test", COLLINEAR, (feal("one"), feal("two", moment=2.5)))
     write_plan(tmp_path / "plan.json", plan)
@@ -397,7 +397,7 @@ def test_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
         "Programs((sys.executable, str(folder / 'program.py')), folder))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while calls(tmp_path) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -414,7 +414,7 @@ def test_failed_and_late_jobs_are_recorded_and_can_be_retried(tmp_path: Path) ->
     plan = Plan("test", COLLINEAR, (feal("one"),))
     assert run_plan(plan, tmp_path / "work", stand_in(tmp_path, "sys.exit(3)"))["failed"] == 1
     assert run_plan(plan, tmp_path / "work", stand_in(tmp_path))["kept"] == 1
-    late = stand_in(tmp_path, "time.sleep(60)")
+    late = stand_in(tmp_path, "time.sleep(250)")
     assert run_plan(plan, tmp_path / "work", late, retry=True, limit_s=0.5)["failed"] == 1
     result = read_result(plan, plan.jobs[0], tmp_path / "work")
     assert result is not None
@@ -424,7 +424,7 @@ def test_failed_and_late_jobs_are_recorded_and_can_be_retried(tmp_path: Path) ->
 
 def test_two_runs_share_a_folder(tmp_path: Path) -> None:
     plan = Plan("test", COLLINEAR, (feal("one"),))
-    waiting = stand_in(tmp_path, "time.sleep(2)")
+    waiting = stand_in(tmp_path, "time.sleep(5)")
     code = (
         "import sys; from pathlib import Path; from mmace.labels.plan import read_plan; "
         "from mmace.labels.run import Programs, run_plan; folder = Path(sys.argv[1]); "
@@ -432,11 +432,11 @@ def test_two_runs_share_a_folder(tmp_path: Path) -> None:
     )
     write_plan(tmp_path / "plan.json", plan)
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), waiting.command[1]])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while calls(tmp_path) < 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert run_plan(plan, tmp_path / "work", waiting)["busy"] == 1
-    assert other.wait(60) == 0
+    assert other.wait(240) == 0
     assert calls(tmp_path) == 1
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -139,16 +138,12 @@ def test_a_killed_screen_goes_on_where_it_was(crystals, tmp_path):
     slow = "tests.slow_toy:from_options"
     command = [sys.executable, "-m", "mmace_props.cli", "screen", "in", *EOS, "--calculator", slow, "--quiet"]
     environment = {**os.environ, "SLOW_TOY_LOG": str(log), "PYTHONPATH": str(HERE.parent)}
-    started = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
     folder = tmp_path / "screen_eos"
-    for _ in range(600):
-        if folder.is_dir() and list(folder.glob("[!.]*.nc")):
-            break
-        time.sleep(0.05)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    fatal = {**environment, "SLOW_TOY_FATAL": f"{folder}:1"}
+    broken = subprocess.run(command, env=fatal, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert broken.returncode == -signal.SIGKILL
     finished = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.nc")}
-    assert 1 <= len(finished) < 3
+    assert len(finished) == 1
     assert not (tmp_path / "screen_eos.nc").exists()
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, stderr=subprocess.DEVNULL)
     after = {p.name: p.stat().st_mtime_ns for p in folder.glob("[!.]*.nc")}

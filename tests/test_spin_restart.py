@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +28,25 @@ OPTIONS = {
 }
 
 
-class SlowChain(Calculator):
-    """``-Σ J m_i·m_j - Σ K m_z²`` without torch; every call takes a while, and leaves a line in a file."""
+class MarkedChain(Calculator):
+    """``-Σ J m_i·m_j - Σ K m_z²`` without torch; every call leaves a line in a file.
+
+    A call that begins when `fatal`, a folder and a number, holds so many finished parts kills the process.
+    """
 
     implemented_properties = ("energy", "magnetic_forces")
-    pause = 0.0
-    log = None
+    log, fatal = None, None
 
-    def __init__(self, soc=False, pause=0.0, log=None):
+    def __init__(self, soc=False, log=None, fatal=None):
         super().__init__()
-        self.soc, self.pause, self.log = soc, pause, log
+        self.soc, self.log, self.fatal = soc, log, fatal
 
     def provenance(self):
         return {"name": "chain", "hash": "0"}
 
-    def marked(self, what, pause=None):
-        time.sleep(self.pause if pause is None else pause)
+    def marked(self, what):
+        if self.fatal is not None and len(finished(self.fatal[0])) >= self.fatal[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.log is not None:
             with Path(self.log).open("a") as log:
                 log.write(f"{what}\n")
@@ -73,7 +75,7 @@ class SlowChain(Calculator):
         self.results = {"energy": float(found["energy"][0]), "magnetic_forces": found["magnetic_forces"][0]}
 
     def evaluate_spins(self, atoms, moments, magnetic_forces=True):
-        self.marked(f"spins {len(moments)}", min(self.pause, 0.03) if len(atoms) == 8 else None)
+        self.marked(f"spins {len(moments)}")
         return self.evaluated(atoms, moments)
 
     def hessian(self, atoms, blocks=("mm",), rows=None):
@@ -119,29 +121,26 @@ def test_a_killed_run_goes_on(name, tmp_path):
     """What the killed run finished is left alone by the second, which makes the other calls of a whole one, no more."""
     parts, soc = tmp_path / "parts", name in ("exchange", "magnon")
     script = (
-        "from tests.test_spin_restart import SlowChain, compute; import sys;"
-        "compute(sys.argv[1], SlowChain(sys.argv[2] == 'True', 0.08, sys.argv[3]), sys.argv[4])"
+        "from tests.test_spin_restart import MarkedChain, compute; import sys;"
+        "from pathlib import Path; parts = Path(sys.argv[4]);"
+        "compute(sys.argv[1], MarkedChain(sys.argv[2] == 'True', sys.argv[3], (parts, int(sys.argv[5]))), parts)"
     )
-    whole = compute(name, SlowChain(soc, 0.0, tmp_path / "whole.log"), tmp_path / "whole")
+    whole = compute(name, MarkedChain(soc, tmp_path / "whole.log"), tmp_path / "whole")
     needed = finished(tmp_path / "whole")
     enough = 6 if name == "curie" else 2
-    command = [sys.executable, "-c", script, name, str(soc), str(tmp_path / "first.log"), str(parts)]
+    command = [sys.executable, "-c", script, name, str(soc), str(tmp_path / "first.log"), str(parts), str(enough)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    broken = subprocess.Popen(command, env=environment, cwd=tmp_path)
-    while broken.poll() is None and len(finished(parts)) < enough:
-        time.sleep(0.01)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
+    broken = subprocess.run(command, env=environment, cwd=tmp_path)
     assert broken.returncode == -signal.SIGKILL
     kept = finished(parts)
     assert enough <= len(kept) < len(needed)
 
-    again = compute(name, SlowChain(soc, 0.0, tmp_path / "again.log"), parts)
+    again = compute(name, MarkedChain(soc, tmp_path / "again.log"), parts)
     xr.testing.assert_identical(again.drop_attrs(), whole.drop_attrs())
     assert kept.items() <= finished(parts).items()
     assert finished(parts).keys() == needed.keys()
     assert 0 < len(lines(tmp_path / "again.log")) < len(lines(tmp_path / "whole.log"))
-    last = compute(name, SlowChain(soc, 0.0, tmp_path / "last.log"), parts)
+    last = compute(name, MarkedChain(soc, tmp_path / "last.log"), parts)
     xr.testing.assert_identical(last.drop_attrs(), whole.drop_attrs())
     assert lines(tmp_path / "last.log") == []
 
@@ -150,7 +149,7 @@ def test_a_walk_is_kept_in_blocks(tmp_path):
     """Taken up after some of its blocks, a walk goes on as if it had never stopped, bit by bit."""
     atoms = with_moments(Atoms("Fe", cell=[2.4] * 3, pbc=True), [[0, 0, 2.0]])
     box = Supercell(atoms, np.array([0]), (2, 2, 2))
-    start, calculator = box.tiled(np.array([[0, 0, 2.0]])), SpinCalculator(SlowChain())
+    start, calculator = box.tiled(np.array([[0, 0, 2.0]])), SpinCalculator(MarkedChain())
     known, walked = {}, []
 
     def keep(block, walk):
