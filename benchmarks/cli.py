@@ -17,7 +17,8 @@ from .analyse import Line, changes, compare, lines_of, record
 from .calculate import identity, run_system
 from .derive import derive
 from .errors import BenchmarkError
-from .report import print_table, write_report
+from .rendering import check_format, write_report
+from .report import build_report, print_table
 from .systems import SYSTEMS, System, read_json, read_system
 
 WORK = ".mmace-bench"
@@ -50,7 +51,11 @@ def _parser() -> Parser:
     add_calculator(run)
     run.add_argument("--quick", action="store_true", help="leave out what takes more than seconds")
     run.add_argument("--json", metavar="FILE", help="write the results there")
-    run.add_argument("--report", metavar="FILE.md", help="write a report there, its pictures into images beside it")
+    run.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write a report there: .html is one page that holds all, .md has its pictures in images beside it",
+    )
     run.add_argument("--work", default=WORK, metavar="DIR", help=f"datasets and finished parts (default: {WORK})")
     run.add_argument("--update", metavar="MESSAGE", help="store the results as the ones to keep, and why they changed")
     run.set_defaults(run=_run)
@@ -70,6 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     for path in (args.json, args.report):
         if path is not None:
             check_writable(path)
+    if args.report is not None:
+        check_format(Path(args.report))
     if args.update is not None and not args.update.strip():
         raise BenchmarkError("--update needs a message that says why the results changed")
     systems = [read_system(name) for name in (SYSTEMS if args.system == "all" else (args.system,))]
@@ -93,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         _write_json(Path(args.json), results)
         console.print(f"wrote {args.json}")
     if args.report is not None:
-        write_report(Path(args.report), systems, lines, work, results["calculator"])
+        write_report(build_report(systems, lines, work, results["calculator"]), Path(args.report))
         console.print(f"wrote {args.report}")
     if args.update is not None:
         for system in systems:

@@ -1,24 +1,77 @@
-"""Present results: a table for the terminal, Markdown with pictures for the documentation."""
+"""Present results: a table for the terminal, and what a report says in any format."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
-from mmace_props.files import write_whole
-from mmace_props.plot import save_figure
 from rich.console import Console
 from rich.table import Table
 
-from .analyse import FAILED, MISS, OK, Line, counts
+from .analyse import FAILED, MISS, OK, UNKNOWN, Line, counts
 from .calculate import NEAR
-from .systems import KINDS, Reference, System, Task
+from .systems import KINDS, Quantity, Reference, System, Task
 
 HEAD = ("quantity", "unit", "value", *KINDS, "deviation", "allowed", "verdict")
 MARKS = {"own DFT": "o", "published DFT": "s", "experiment": "x"}
 STYLE = {OK: "green", MISS: "red"}
+LEGEND = {
+    OK: "within the tolerance plus the reference's own uncertainty",
+    MISS: "beyond both",
+    UNKNOWN: "nothing to compare with",
+    FAILED: "the calculator gave no number; the reason stands below the table",
+}
+"""What each verdict means."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table: texts in the order of `HEAD`, and the verdict that marks it."""
+
+    cells: tuple[str, ...]
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with the stem of its file and its caption."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report says of one system.
+
+    Parameters
+    ----------
+    name : of the system.
+    entries : of its table.
+    tally : how many entries have each verdict that occurs.
+    failures : why there is no number, once for each reason.
+    pictures : drawn from its datasets.
+    sources : references and tolerance of each quantity, a sentence each.
+    """
+
+    name: str
+    entries: list[Entry]
+    tally: dict[str, int]
+    failures: list[str]
+    pictures: list[Picture]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says; every text is plain, and the formats add their own marks."""
+
+    introduction: str
+    sections: list[Section]
 
 
 def cells(line: Line) -> tuple[str, ...]:
@@ -54,56 +107,46 @@ def print_table(console: Console, title: str, lines: Sequence[Line]) -> None:
     console.print(", ".join(f"{number} {name}" for name, number in counts(lines).items() if number))
 
 
-def write_report(
-    path: Path, systems: Sequence[System], lines: Mapping[str, Sequence[Line]], work: Path, about: Mapping[str, str]
-) -> None:
-    """Write the report as Markdown, its pictures into the folder ``images`` beside it."""
-    images = path.parent / "images"
-    images.mkdir(exist_ok=True)
-    text = ["# Benchmark against DFT and experiment", "", _introduction(about), ""]
-    for system in systems:
-        part = lines[system.name]
-        text += [f"## {system.name}", "", *_markdown(part), "", *_notes(part)]
-        for name, caption, figure in figures(system, work / system.name):
-            save_figure(figure, images / f"benchmark-{system.name}-{name}.png")
-            text += [f"![{caption}](images/benchmark-{system.name}-{name}.png)", "", f"*{caption}*", ""]
-        text += ["### Sources and tolerances", "", *_sources(part), ""]
-    content = "\n".join(text).rstrip() + "\n"
-    write_whole(path, lambda temporary: Path(temporary).write_text(content))
+def build_report(
+    systems: Sequence[System], lines: Mapping[str, Sequence[Line]], work: Path, about: Mapping[str, str]
+) -> Report:
+    """Gather what a report says, whatever its format.
+
+    Parameters
+    ----------
+    systems : in the order of the report.
+    lines : of each system.
+    work : folder of the datasets, by system, from which the pictures are drawn.
+    about : the calculator.
+    """
+    return Report(_introduction(about), [_section(s, lines[s.name], work / s.name) for s in systems])
 
 
 def _introduction(about: Mapping[str, str]) -> str:
+    parts = (about.get("calculator", ""), about.get("name", ""), about.get("hash", "")[:16])
+    calculator = " ".join(part for part in parts if part)
     return (
-        f"Written by `mmace-bench run all --report`; calculator {about.get('calculator', '')} "
-        f"{about.get('name', '')} {about.get('hash', '')[:16]}. A value is the mean of the committee with its spread. "
-        "It is compared with own DFT where there is some, else with published DFT, else with experiment; the verdict "
-        "is *ok* within the tolerance plus the reference's own uncertainty. Tolerances come from the spread of DFT "
-        "between codes and settings or of experiments, never from what a model reaches."
+        f"Written by mmace-bench; calculator {calculator}. A value is the mean of the committee with its spread. It is "
+        "compared with own DFT where there is some, else with published DFT, else with experiment. Tolerances come "
+        "from the spread of DFT between codes and settings or of experiments, never from what a model reaches."
     )
 
 
-def _markdown(lines: Sequence[Line]) -> list[str]:
-    rows = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    for line in lines:
-        texts = list(cells(line))
-        texts[-1] = f"**{texts[-1]}**" if line.verdict == MISS else texts[-1]
-        rows.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
-    return rows
+def _section(system: System, lines: Sequence[Line], folder: Path) -> Section:
+    failures = dict.fromkeys(f"{line.task}: {line.note}" for line in lines if line.verdict == FAILED)
+    return Section(
+        system.name,
+        [Entry(cells(line), line.verdict) for line in lines],
+        {name: number for name, number in counts(lines).items() if number},
+        list(failures),
+        [Picture(f"benchmark-{system.name}-{name}", text, image) for name, text, image in figures(system, folder)],
+        [_source(line.quantity) for line in lines],
+    )
 
 
-def _notes(lines: Sequence[Line]) -> list[str]:
-    tally = ", ".join(f"{number} {name}" for name, number in counts(lines).items() if number)
-    notes = dict.fromkeys(f"- {line.task}: {line.note}" for line in lines if line.verdict == FAILED)
-    return [f"{tally}.", "", *notes, *([""] if notes else [])]
-
-
-def _sources(lines: Sequence[Line]) -> list[str]:
-    rows = []
-    for line in lines:
-        quantity = line.quantity
-        known = "; ".join(f"{r.value:g} ({r.kind}: {r.source})" for r in quantity.references) or "none"
-        rows.append(f"- {quantity.text}: {known}. Allowed {quantity.tolerance:g} {quantity.unit}: {quantity.reason}.")
-    return rows
+def _source(quantity: Quantity) -> str:
+    known = "; ".join(f"{r.value:g} ({r.kind}: {r.source})" for r in quantity.references) or "none"
+    return f"{quantity.text}: {known}. Allowed {quantity.tolerance:g} {quantity.unit}: {quantity.reason}."
 
 
 def figures(system: System, folder: Path) -> list[tuple[str, str, Figure]]:
