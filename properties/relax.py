@@ -23,7 +23,7 @@ from .files import check_writable, write_whole
 from .orders import CollinearOrder, collinear_orders
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
 from .provenance import magnetic_space_group
-from .structures import check_structure
+from .structures import check_structure, closest_pair
 from .symmetry import SiteSymmetry, site_symmetry
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ LONGEST_STEP = 0.1
 """Å of one step of the optimiser."""
 VANISHED = 0.01
 """A moment below this, in µB, has vanished."""
+NEAREST = 0.7
+"""Shortest distance as a part of the sum of covalent radii: V=O in V2O5 has 0.72, iron at 1 TPa as much."""
+NEARER = 0.9
+"""Part of the start's own shortest distance that counts as no collapse where the start is shorter still."""
+VOLUMES = (0.5, 2.0)
+"""Bounds of the volume as a part of the start's."""
+COHESION = 10.0
+"""Most that atoms gain by coming closer, eV/atom: no solid is bound by more (tungsten has 8.9)."""
 FILES = (".extxyz", ".mcif")
 XYZ = ("x", "y", "z")
 STRAINS = ("xx", "yy", "zz", "yz", "xz", "xy")
@@ -147,8 +155,8 @@ def relax_structure(
 
     Raises
     ------
-    ConvergenceError : not relaxed in the steps allowed, moments that do not converge, or a cell that runs away; the
-        message holds the residual.
+    ConvergenceError : not relaxed in the steps allowed, moments that do not converge, or a fall into a hole of the
+        potential: `refuse_collapse`; the message holds the residual.
     CalculatorError : forces that break the symmetry that is to be kept.
     """
     moments = moments_of(atoms)
@@ -173,7 +181,6 @@ def relax_structure(
     extra = {"maxstep": LONGEST_STEP}
     optimizer = OPTIMIZERS[freedom.optimizer](target, logfile=None, **extra)
     path: dict[str, list[float]] = {k: [] for k in ("energy", "force", "stress", "volume", "moment")}
-    first_volume = image.get_volume()
     for step, _ in enumerate(optimizer.irun(fmax=0.0, steps=freedom.steps)):
         found = {k: np.asarray(mobile.calc.get_property(k, mobile)) for k in ("energy", "forces", "stress")}
         force = float(np.linalg.norm(found["forces"], axis=1).max())
@@ -185,13 +192,9 @@ def relax_structure(
         path["volume"].append(mobile.get_volume())
         path["moment"].append(float(carrying[carrying > VANISHED].mean()) if (carrying > VANISHED).any() else 0.0)
         tell(step, freedom.steps)
+        refuse_collapse(image, mobile, path["energy"][0] - path["energy"][-1], step)
         if force <= freedom.fmax and left <= freedom.smax:
             break
-        if not 0.3 < mobile.get_volume() / first_volume < 3.0:
-            raise ConvergenceError(
-                f"the cell went to {mobile.get_volume() / first_volume:.2g} of its volume after {step} steps of "
-                "relaxation; start from a structure nearer to equilibrium"
-            )
     else:
         raise ConvergenceError(
             f"the structure did not relax in {freedom.steps} steps: a force of {force:.1e} eV/Å (above "
@@ -217,6 +220,41 @@ def relax_structure(
         residual,
         {k: np.array(v) for k, v in path.items()},
     )
+
+
+def refuse_collapse(start: Atoms, reached: Atoms, gain: float, step: int) -> None:
+    """Refuse a structure that no crystal relaxes to: the potential has a hole there.
+
+    Refused are two atoms nearer than `NEAREST` of the sum of their covalent radii (and than `NEARER` of the start's
+    closest pair), a volume outside `VOLUMES` of the start's, and more than `COHESION` gained while atoms came closer.
+
+    Parameters
+    ----------
+    start, reached : of the relaxation.
+    gain : energy of the start above that reached, eV.
+    step : of the optimiser.
+
+    Raises
+    ------
+    ConvergenceError : the structure is one of these.
+    """
+    after = f"after {step} steps of relaxation"
+    remedy = "start from a structure nearer to equilibrium, or use another model"
+    volume = reached.get_volume() / start.get_volume()
+    if not VOLUMES[0] < volume < VOLUMES[1]:
+        raise ConvergenceError(f"the cell went to {volume:.2g} of its volume {after}; {remedy}")
+    first, (part, distance, a, b) = closest_pair(start)[0], closest_pair(reached)
+    if part < min(NEAREST, NEARER * first):
+        symbols = reached.get_chemical_symbols()
+        raise ConvergenceError(
+            f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) ran into each other {after}: they are {distance:.2f} Å "
+            f"apart, {part:.2f} of the sum of their covalent radii; {remedy}"
+        )
+    if gain > COHESION * len(reached) and part < first:
+        raise ConvergenceError(
+            f"the energy fell by {gain / len(reached):.3g} eV/atom {after} while atoms came closer, more than any "
+            f"solid is bound by; {remedy}"
+        )
 
 
 def unbalanced(stress: Array, freedom: Freedom) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers, chemical_symbols, covalent_radii
+from ase.data import chemical_symbols, covalent_radii
 from ase.io import read
 from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
@@ -189,16 +189,30 @@ def check_structure(atoms: Atoms, calculator: SpinCalculator | None = None) -> A
     return copy
 
 
+def closest_pair(atoms: Atoms) -> tuple[float, float, int, int]:
+    """Return the two atoms that are nearest to each other for their size.
+
+    Covalent radii are those of B. Cordero et al., Dalton Trans. 2832 (2008), which ASE holds.
+
+    Returns
+    -------
+    Distance as a part of the sum of the covalent radii, distance in Å, and the indices of both atoms; infinite where
+    no two atoms are within that sum.
+    """
+    i, j, d = neighbor_list("ijd", bare(atoms), covalent_radii[atoms.numbers])
+    if not len(d):
+        return np.inf, np.inf, 0, 0
+    part = d / (covalent_radii[atoms.numbers[i]] + covalent_radii[atoms.numbers[j]])
+    nearest = int(part.argmin())
+    return float(part[nearest]), float(d[nearest]), int(i[nearest]), int(j[nearest])
+
+
 def _refuse_overlap(atoms: Atoms) -> None:
-    radii = {s: OVERLAP * float(covalent_radii[atomic_numbers[s]]) for s in set(atoms.get_chemical_symbols())}
-    cutoff = {(a, b): radii[a] + radii[b] for a in radii for b in radii}
-    i, j, d = neighbor_list("ijd", bare(atoms), cutoff)
-    if len(d):
-        worst = int(np.argmin(d))
+    part, distance, a, b = closest_pair(atoms)
+    if part < OVERLAP:
         symbols = atoms.get_chemical_symbols()
-        a, b = int(i[worst]), int(j[worst])
         raise StructureError(
-            f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) overlap: they are {d[worst]:.2f} Å apart; "
+            f"atoms {a} ({symbols[a]}) and {b} ({symbols[b]}) overlap: they are {distance:.2f} Å apart; "
             "correct the positions or the cell"
         )
 

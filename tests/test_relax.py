@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 from ase import Atoms
 from ase.build import bulk
+from ase.data import covalent_radii
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.conventions import GPA
@@ -16,7 +17,17 @@ from mmace_props.structures import read_structure
 from scipy.optimize import brentq, minimize
 
 from .test_cli_props import EXAMPLES, TOY
-from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, MagneticEquationOfState, Springs, Toy, birch_murnaghan
+from .toys import (
+    CapableToy,
+    CommitteeToy,
+    Heisenberg,
+    Hole,
+    Landau,
+    MagneticEquationOfState,
+    Springs,
+    Toy,
+    birch_murnaghan,
+)
 
 CURVES = {
     "nm": (-7.6, 10.2, 1.7, 4.6),
@@ -164,6 +175,45 @@ def test_not_converged_is_an_error_with_the_residual():
 
     with pytest.raises(ConvergenceError, match="kept a magnetic force of"):
         Relaxation(moments="magnitudes").run(iron(), coupled(Careless))
+
+
+@pytest.mark.parametrize(
+    ("hole", "options", "words"),
+    [
+        (Hole(5.0, 1.6, 0.45), {"cell": "fixed", "symmetry": False}, r"\(Fe\) ran into each other after .* Å apart"),
+        (Hole(0.4, 1.8, 0.4), {}, r"the cell went to 0\.\d+ of its volume after"),
+        (Hole(20.0, 2.05, 0.3), {}, r"the energy fell by [\d.]+ eV/atom after .* closer"),
+    ],
+)
+def test_a_fall_into_a_hole_of_the_potential_is_no_result(hole, options, words):
+    """Wells at short distances that the optimiser reaches without a barrier, each with its own minimum inside."""
+    start = iron(2.75)
+    start.positions[1] += 0.02 if options else 0.0
+    toy = CapableToy(Springs(0.1, 2.4, 2.7), hole)
+    with pytest.raises(ConvergenceError, match=words) as error:
+        Relaxation(moments="fixed", **options).run(start, toy)
+    assert str(error.value).count("; ") == 1
+
+
+def test_a_member_with_a_hole_is_left_out():
+    sound = [CapableToy(Springs(3.0, r, 2.7)) for r in (2.40, 2.42, 2.44)]
+    members = [sound[0], CapableToy(Springs(0.1, 2.4, 2.7), Hole(20.0, 2.05, 0.3)), *sound[1:]]
+    with pytest.warns(UserWarning, match=r"over 3 of 4 members .*member 2: the energy fell by"):
+        dataset = Relaxation(moments="fixed").run(iron(2.75), CommitteeToy(members))
+    lengths = dataset["lengths_member"].sel(vector="a")
+    assert lengths["member"].values.tolist() == [0, 2, 3]
+    assert lengths.values == pytest.approx(np.array([2.40, 2.42, 2.44]) * 2 / np.sqrt(3), abs=1e-5)
+
+
+def test_short_bonds_of_the_start_and_cells_that_open_are_results():
+    """Atoms at 0.65 of their covalent radii that stay there, and a compressed crystal that gains 18 eV/atom."""
+    short = 0.65 * 2 * covalent_radii[26]
+    dataset = Relaxation(moments="fixed").run(iron(2 / np.sqrt(3) * short), CapableToy(Springs(3.0, 0.98 * short, 1.9)))
+    assert float(dataset["lengths"][0]) == pytest.approx(0.98 * short * 2 / np.sqrt(3), abs=1e-5)
+    stiff = {**CURVES, "fm": (-8.1, 11.3, 20.0, 5.1)}
+    dataset = Relaxation(moments="fixed").run(iron(2.4), CapableToy(MagneticEquationOfState(stiff)))
+    assert float(dataset["gain"]) > 1.8e4
+    assert float(dataset["volume"]) == pytest.approx(11.3, rel=2e-3)
 
 
 def test_committee_spread():

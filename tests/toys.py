@@ -339,6 +339,21 @@ class Springs:
 
 
 @dataclass
+class Hole:
+    """``-½ Σ_{i≠j} depth exp(-(|r_ij| - r0)²/width²)``: the false well of a potential that saw no such distances."""
+
+    depth: float
+    r0: float
+    width: float
+    soc = False
+
+    def sites(self, s):
+        i, _, r, _ = s.pairs(self.r0 + 4 * self.width)
+        energy = -self.depth / 2 * torch.exp(-(((torch.linalg.norm(r, dim=1) - self.r0) / self.width) ** 2))
+        return scatter(energy.expand(s.moments.shape[0], -1), i, len(s.positions))
+
+
+@dataclass
 class Options:
     """Everything that makes a toy, so that a copy with options changed can be made."""
 
