@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from .base import Options, Progress, Property, Row, of_members, option, over_members, spread_of, variable
 from .conventions import BOLTZMANN, G_FACTOR, HBAR
 from .errors import CalculatorError, MomentError, OptionError
-from .exchange import SMALLEST_MOMENT, Exchange
+from .exchange import Exchange
 from .export import spin_table, spirit
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .references import SMALLEST_MOMENT
 from .sampling import KINDS, Kind, Measure, Statistics, Walkers, crossing, peak, statistics, with_error
 from .spiral import primitive_cell
 from .supercell import Supercell

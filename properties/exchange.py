@@ -5,33 +5,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import spglib
 import xarray as xr
 from ase import Atoms
+from ase.io.jsonio import encode
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .conventions import BOLTZMANN
-from .errors import MomentError, OptionError, StructureError
-from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .spiral import canonical, frozen_stiffness, primitive_cell
-from .supercell import Pairs, Supercell, grown, tilts, transverse
-from .symmetry import Pattern, band_path, pattern_symmetry, shortest_rotation
+from .errors import MomentError, OptionError
+from .protocol import ZERO_MOMENT, SpinCalculator, moments_of
+from .references import Crystal, Fit, Joined, Reference, measure, named_states, orbits, relaxed_reference
+from .spiral import canonical, frozen_stiffness
+from .supercell import Pairs, Supercell, grown
+from .symmetry import band_path, shortest_rotation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
-# a rotation, Cartesian and fractional, the image of each magnetic site, and the cell that the image is in
-Operation = tuple[Array, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 CHUNK = 64
 """Spin configurations evaluated at once."""
-SMALLEST_MOMENT = 0.01
-"""A site with less, in µB, takes no part in the spin model."""
 ROUNDING = 1e-9
 """Anisotropic terms below this, in meV, are zero."""
 CONES = (5.0, 20.0, 60.0, 180.0)
@@ -48,6 +43,8 @@ class ExchangeOptions(Options):
 
     Parameters
     ----------
+    references : reference states that one model is fitted to: ``given``, ``fm``, ``afm``, or files of the same
+        crystal with moments; by default the one given.
     tolerance : largest |J| that may be left beyond the unique images of the supercell, relative to the largest.
     max_atoms : largest supercell.
     radius : least distance within which pairs are wanted, Å.
@@ -60,6 +57,9 @@ class ExchangeOptions(Options):
         the reference is not collinear.
     """
 
+    references: tuple[str, ...] = option(
+        (), "reference states that share one model: given, fm, afm, files with moments; by default the one given"
+    )
     tolerance: float = option(1e-3, "largest |J| left beyond the supercell's unique images, relative to the largest")
     max_atoms: int = option(1000, "largest supercell, in atoms")
     radius: float = option(5.0, "least distance within which pairs are wanted, Å")
@@ -86,63 +86,6 @@ class ExchangeOptions(Options):
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A reference state in its primitive cell.
-
-    Parameters
-    ----------
-    cell : the primitive cell.
-    along : moments along their directions, signed where they share one axis, µB, shape (N,).
-    directions : unit vectors, shape (N, 3).
-    collinear : whether the moments share one axis.
-    """
-
-    cell: Atoms
-    along: Array
-    directions: Array
-    collinear: bool
-
-    @property
-    def moments(self) -> Array:
-        """Moments in µB, shape (N, 3)."""
-        return self.along[:, None] * self.directions
-
-    @property
-    def sites(self) -> NDArray[np.intp]:
-        """Atoms that take part."""
-        return np.flatnonzero(np.abs(self.along) >= SMALLEST_MOMENT)
-
-    def operations(self, soc: bool, symprec: float, mag_symprec: float) -> list[Operation]:
-        """Return the symmetry operations of crystal and reference.
-
-        The axis of collinear moments turns freely, because tensors are put together from several of its directions;
-        without spin-orbit coupling so do other moments, and only the angles between them count.
-        """
-        if self.collinear:
-            return _operations(self.cell, self.sites, self.along, symprec, mag_symprec)
-        if soc:
-            return _operations(self.cell, self.sites, self.moments, symprec, mag_symprec)
-        units = self.directions[self.sites]
-        cosines = units @ units.T
-        return [
-            operation
-            for operation in _operations(self.cell, self.sites, np.abs(self.along), symprec, mag_symprec)
-            if np.abs(cosines[np.ix_(operation[2], operation[2])] - cosines).max() < 1e-3
-        ]
-
-    def turns(self, symprec: float, mag_symprec: float) -> Array:
-        """Return rotations of the whole reference that together show all components of a tensor, shape (K, 3, 3)."""
-        if self.collinear:
-            frame = pattern_symmetry(self.cell, self.along, symprec, mag_symprec).frame
-            return np.array([shortest_rotation(self.directions[0], e) for e in frame])
-        # quarter turns and their products bring every moment near every axis of the cell
-        frame = np.linalg.qr(self.cell.cell[:].T)[0]
-        thirds = [np.eye(3)[[k % 3, (k + 1) % 3, (k + 2) % 3]] for k in range(3)]
-        quarters = [np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ t for t in thirds]
-        return np.array([frame @ t @ frame.T for t in (*thirds, *quarters)])
-
-
 class Exchange(Property):
     """J_ij around a reference, collinear or not, from the Hessian of a supercell."""
 
@@ -151,7 +94,7 @@ class Exchange(Property):
     options_type: ClassVar[type[Options]] = ExchangeOptions
 
     def __init__(
-        self, options: Options | None = None, repeats: tuple[int, int, int] | None = None, **named: Any
+        self, options: Options | None = None, repeats: dict[str, tuple[int, int, int]] | None = None, **named: Any
     ) -> None:
         super().__init__(options, **named)
         self._repeats = repeats
@@ -162,143 +105,52 @@ class Exchange(Property):
         moments = moments_of(atoms)
         if np.linalg.norm(moments, axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no exchange; give moments in µB")
+        named_states(atoms, self.options.references, calculator)
 
-    def _reference(self, atoms: Atoms, calculator: SpinCalculator) -> "Reference":
-        """Return the relaxed reference in its primitive cell."""
-        given = moments_of(atoms)
-        start = Pattern.of(given)
-        values = start.along if start.collinear else given
-        cell, found = primitive_cell(atoms, values, self.options.symprec, self.options.mag_symprec)
-        image = with_moments(cell, found[:, None] * start.axis if start.collinear else found)
-        moments = calculator.relax_moments([image], self.mode(calculator))[0]
-        pattern = Pattern.of(moments)
-        if start.collinear and not pattern.collinear:
-            raise MomentError(
-                "the moments leave the collinear reference when they are relaxed; relax magnitudes instead"
-            )
-        lengths = np.linalg.norm(moments, axis=1)
-        if lengths.max() < SMALLEST_MOMENT:
-            raise MomentError("the moments vanish when they are relaxed, so there is no exchange; start elsewhere")
-        if pattern.collinear:
-            return Reference(cell, pattern.along, np.tile(pattern.axis, (len(cell), 1)), True)
-        units = moments / np.where(lengths > 0, lengths, 1.0)[:, None]
-        return Reference(cell, lengths, units, False)
+    def _references(self, atoms: Atoms, calculator: SpinCalculator) -> dict[str, Reference]:
+        """Return the relaxed reference states in their primitive cells."""
+        mode, tolerances = self.mode(calculator), (self.options.symprec, self.options.mag_symprec)
+        states = named_states(atoms, self.options.references, calculator)
+        return {name: relaxed_reference(state, calculator, mode, *tolerances) for name, state in states.items()}
 
     def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress) -> "Exchange":
-        """Size the supercell."""
-        reference = self._reference(atoms, members[0])
+        """Size the supercells."""
         limits = self.options.radius, self.options.tolerance, self.options.max_atoms
-        repeats = grown(reference.cell, reference.sites, reference.moments, members[0], *limits, progress)
-        return Exchange(self.options, repeats)
+        found = {
+            name: grown(state.cell, state.sites, state.moments, members[0], *limits, progress)
+            for name, state in self._references(atoms, members[0]).items()
+        }
+        return Exchange(self.options, found)
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute tensors, on-site terms, and what follows from them with one model."""
         if self._repeats is None:
             raise OptionError("the supercell is missing; call run, which sizes it")
-        reference = self._reference(atoms, calculator)
-        cell, sites = reference.cell, reference.sites
-        box = Supercell(cell, sites, self._repeats)
-        pairs, kept, others = box.pairs()
+        references = self._references(atoms, calculator)
         soc = calculator.soc is not False
         tolerances = self.options.symprec, self.options.mag_symprec
-        turns = reference.turns(*tolerances) if soc else np.eye(3)[None]
-        total, own = len(box.magnetic), np.arange(len(sites))
-        left = 0.0
-        designs, targets, fields = [], [], []
-        for k, turn in enumerate(turns):
-            progress("Hessian", k, len(turns))
-            moments = reference.moments @ turn.T
-            units = (reference.directions @ turn.T)[sites]
-            frames = np.array([transverse(e) for e in units])
-            blocks, inward = tilts(box, calculator, moments, frames)
-            tensors = -0.5 * blocks.transpose(0, 2, 1, 3)
-            flat = tensors.reshape(-1, 2, 2)
-            targets.append(flat[pairs.first * total + kept].reshape(-1, 4))
-            if len(others):
-                left = max(left, float(np.abs(flat[others]).max()))
-            outer = np.einsum("pax,pby->pabxy", frames[pairs.first], frames[pairs.second])
-            designs.append(outer.reshape(-1, 4, 9))
-            fields.append((units * np.sign(reference.along[sites])[:, None], frames, tensors[own, own], inward))
-        progress("Hessian", len(turns), len(turns))
-        design, target = np.concatenate(designs, axis=1), np.concatenate(targets, axis=1)
-        if soc:
-            tensor = np.einsum("pkn,pn->pk", np.linalg.pinv(design), target).reshape(-1, 3, 3)
-        else:
-            column = design @ np.eye(3).ravel()
-            values = (target * column).sum(axis=1) / (column**2).sum(axis=1)
-            tensor = values[:, None, None] * np.eye(3)
-        misfit = np.abs(target - np.einsum("pnk,pk->pn", design, tensor.reshape(-1, 9))).max(initial=0.0)
-        operations = reference.operations(soc, *tolerances)
-        symmetric = symmetrised(tensor, pairs, operations)
-        removed = float(np.abs(symmetric - tensor).max(initial=0.0))
-        onsite, offset = self._onsite(fields, symmetric, pairs, soc)
-        onsite = symmetrised_sites(onsite, operations)
-        model = SpinModel(cell, sites, pairs, symmetric, onsite)
-        shells = shells_of(model, *orbits(pairs, operations))
-        return self._dataset(
-            model, shells, operations, box, calculator, reference, len(turns), left, misfit, removed, offset, progress
-        )
+        crystal = Crystal.of(references, atoms, soc, *tolerances)
+        measured = {}
+        for name, reference in references.items():
+            turns = reference.turns(*tolerances) if soc else np.eye(3)[None]
+            stage = "Hessian" if len(references) == 1 else f"Hessian, {name}"
+            measured[name] = measure(reference, self._repeats[name], turns, calculator, progress, stage)
+        dataset = self._dataset(Joined(crystal, measured, soc), calculator, progress)
+        if self.options.references:
+            states = named_states(atoms, self.options.references, calculator)
+            dataset.attrs["reference_structures"] = [encode(state) for state in states.values()]
+        return dataset
 
-    @staticmethod
-    def _onsite(
-        fields: list[tuple[Array, Array, Array, Array]],
-        tensor: Array,
-        pairs: Pairs,
-        soc: bool,
-    ) -> tuple[Array, Array]:
-        """Solve the own blocks for A_i, traceless, and for what no bilinear model explains, eV.
-
-        On the sphere the own block is ``-½ (|m|² t·H·t' + |m| B·e δ) = t·A·t' - (e·A·e + Σ_j e_i·J_ij·e_j) δ``.
-        """
-        count = len(fields[0][0])
-        onsite, offset = np.zeros((count, 3, 3)), np.zeros(count)
-        basis = np.array(
-            [
-                [[1, 0, 0], [0, -1, 0], [0, 0, 0]],
-                [[1, 0, 0], [0, 1, 0], [0, 0, -2]],
-                [[0, 1, 0], [1, 0, 0], [0, 0, 0]],
-                [[0, 0, 1], [0, 0, 0], [1, 0, 0]],
-                [[0, 0, 0], [0, 0, 1], [0, 1, 0]],
-            ],
-            dtype=float,
-        )
-        for site in range(count):
-            mine = pairs.first == site
-            rows, values = [], []
-            for units, frames, own, inward in fields:
-                e, across = units[site], frames[site]
-                molecular = float(np.einsum("x,pxy,py->", e, tensor[mine], units[pairs.second[mine]]))
-                left = own[site] + (molecular - 0.5 * inward[site]) * np.eye(2)
-                columns = [across @ b @ across.T - (e @ b @ e) * np.eye(2) for b in basis]
-                rows.append(np.array([c.ravel() for c in [*columns, np.eye(2)]]).T)
-                values.append(left.ravel())
-            matrix, vector = np.concatenate(rows), np.concatenate(values)
-            if soc:
-                solution = np.linalg.lstsq(matrix, vector, rcond=None)[0]
-                onsite[site] = np.tensordot(solution[:5], basis, axes=1)
-                offset[site] = solution[5]
-            else:
-                offset[site] = matrix[:, 5] @ vector / (matrix[:, 5] @ matrix[:, 5])
-        return onsite, offset
-
-    def _dataset(
-        self,
-        model: "SpinModel",
-        shells: list["Shell"],
-        operations: list[Operation],
-        box: Supercell,
-        calculator: SpinCalculator,
-        reference: "Reference",
-        axes: int,
-        left: float,
-        misfit: float,
-        removed: float,
-        offset: Array,
-        progress: Progress,
-    ) -> xr.Dataset:
+    def _dataset(self, joined: Joined, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
+        tolerances = self.options.symprec, self.options.mag_symprec
+        fit = joined.fit()
+        models = [_model_of(joined, fit, k) for k in range(len(joined.names))]
+        # what belongs to one state is that of the first
+        model, box, reference = models[0], joined.measured[0].box, joined.measured[0].reference
         cell, sites, pairs, tensor = model.cell, model.sites, model.pairs, model.tensor
-        along, lengths = reference.along, np.abs(reference.along[sites])
-        units = reference.directions[sites] * np.sign(along[sites])[:, None]
+        classes, kinds = orbits(joined.pairs, joined.crystal.operations)
+        shells = shells_of(model, classes[joined.pairs_of(0)[1]], kinds[joined.sites[0]])
+        along, lengths, units = reference.along, np.abs(reference.along[sites]), reference.units
         cosines = np.einsum("px,px->p", units[pairs.first], units[pairs.second])
         milli = 1e3
         isotropic = np.trace(tensor, axis1=1, axis2=2) / 3
@@ -307,7 +159,7 @@ class Exchange(Property):
         symbols = np.array(cell.get_chemical_symbols())
         q, position, labels = band_path(cell, self.options.path, self.options.points)
         eigen = np.linalg.eigvalsh(model.isotropic_at(q))[:, -1]
-        rotations = np.array([o[0] for o in operations])
+        rotations = np.array([o[0] for o in reference.operations(joined.soc, *tolerances)])
         ordering, strongest = self._ordering(model, q, rotations)
         favoured = not ordering.any() and _favours(model.isotropic_at(np.zeros((1, 3)))[0].real, units)
         data: dict[str, Any] = {
@@ -324,7 +176,10 @@ class Exchange(Property):
                 ("site", "xyz", "xyz_2"), model.onsite * milli, "meV", "single-ion tensor A of -Σ e·A·e, traceless"
             ),
             "onsite_offset": variable(
-                "site", offset * milli, "meV", "isotropic part of the own block that no bilinear model explains"
+                "site",
+                fit.offset[0][joined.sites[0]] * milli,
+                "meV",
+                "isotropic part of the own block that no bilinear model explains",
             ),
             "moments": variable("site", along[sites], "µB", "moment along its direction in the reference"),
             "direction": variable(
@@ -360,12 +215,15 @@ class Exchange(Property):
             ),
             **self._stiffness(model, reference, lengths, calculator),
             "left_out": variable(
-                (), left * milli, "meV", "largest |J| at pairs beyond the unique images of the supercell"
+                (),
+                max(m.left for m in joined.measured) * milli,
+                "meV",
+                "largest |J| at pairs beyond the unique images of the supercell",
             ),
-            "symmetry_removed": variable((), removed * milli, "meV", "largest part that symmetrisation removed"),
+            "symmetry_removed": variable((), fit.removed * milli, "meV", "largest part that symmetrisation removed"),
             "direction_residual": variable(
                 (),
-                misfit * milli,
+                fit.misfit.max() * milli,
                 "meV",
                 "largest part of the Hessian that no tensor common to all reference axes explains",
             ),
@@ -400,18 +258,63 @@ class Exchange(Property):
         }
         if self.options.states:
             coords["cone"] = variable("cone", np.array(CONES), "degree", "largest angle to the reference")
-            data.update(self._compare(model, shells, calculator, reference.moments, progress))
+            data.update(self._compare(joined, models, shells, calculator, progress))
+        if len(models) > 1:
+            coords["state"] = variable("state", np.array(joined.names), "1", "reference state")
+            data.update(self._of_states(joined, fit, models, shells, calculator))
         attrs: dict[str, Any] = {
             "primitive_cell": cell.cell[:].tolist(),
             "supercell": list(box.repeats),
             "supercell_atoms": len(box.atoms),
-            "unique_radius": box.radius,
-            "reference_axes": axes,
+            "unique_radius": joined.radius,
+            "reference_axes": len(joined.measured[0].own),
             "collinear": "yes" if reference.collinear else "no",
+            "favoured": "yes" if favoured else "no",
             "path_labels": [list(x) for x in labels],
         }
-        attrs["favoured"] = "yes" if favoured else "no"
         return xr.Dataset(data, coords, attrs)
+
+    def _of_states(
+        self,
+        joined: Joined,
+        fit: Fit,
+        models: list["SpinModel"],
+        shells: list["Shell"],
+        calculator: SpinCalculator,
+    ) -> dict[str, xr.Variable]:
+        """Return what each of several reference states says by itself, against what they share."""
+        rows = joined.pairs_of(0)[1]
+        alone = []
+        for k in range(len(models)):
+            isotropic = np.trace(joined.fit([k]).tensor, axis1=1, axis2=2) / 3
+            alone.append([float(isotropic[rows[shell.pairs]].mean()) for shell in shells])
+        energies, predicted = [], []
+        for measured, model in zip(joined.measured, models, strict=True):
+            reference = measured.reference
+            one = Supercell(model.cell, model.sites, (1, 1, 1))
+            energies.append(calculator.energy(reference.cell, reference.moments) / len(model.sites))
+            predicted.append(float(model.energy(reference.units[None], one)[0]) / len(model.sites))
+        text = "energy of the state less that of the first"
+        return {
+            "shell_J_state": variable(
+                ("state", "shell"), np.array(alone) * 1e3, "meV", "mean isotropic exchange, from one state alone"
+            ),
+            "shell_J_spread": variable(
+                "shell", np.std(alone, axis=0, ddof=1) * 1e3, "meV", "standard deviation of it between the states"
+            ),
+            "state_residual": variable(
+                "state", fit.misfit * 1e3, "meV", "largest part of the state's Hessian that the common tensors miss"
+            ),
+            "state_supercell": variable(
+                "state", np.array([len(m.box.atoms) for m in joined.measured]), "1", "atoms of the state's supercell"
+            ),
+            "state_energy": variable(
+                "state", (np.array(energies) - energies[0]) * 1e3, "meV/magnetic atom", f"{text}, moments as relaxed"
+            ),
+            "state_energy_model": variable(
+                "state", (np.array(predicted) - predicted[0]) * 1e3, "meV/magnetic atom", f"{text}, of the spin model"
+            ),
+        }
 
     def _ordering(self, model: "SpinModel", q: Array, rotations: Array) -> tuple[Array, float]:
         """Return the wave vector of the largest eigenvalue of J(q), from path and mesh, refined, and that in eV."""
@@ -516,68 +419,63 @@ class Exchange(Property):
         return float(np.mean(found)) * 1e3
 
     def _compare(
-        self, model: "SpinModel", shells: list["Shell"], calculator: SpinCalculator, moments: Array, progress: Progress
+        self,
+        joined: Joined,
+        models: list["SpinModel"],
+        shells: list["Shell"],
+        calculator: SpinCalculator,
+        progress: Progress,
     ) -> dict[str, xr.Variable]:
         """Compare the spin model with the calculator on random states of a small supercell, and fit what is missing."""
-        rng = np.random.default_rng(self.options.seed)
-        box = Supercell(model.cell, model.sites, (3, 3, 3))
-        reference = box.tiled(moments)
-        unit = reference[box.magnetic] / np.linalg.norm(reference[box.magnetic], axis=1)[:, None]
-        count, states = len(box.magnetic), self.options.states
-        start = calculator.evaluate_spins(box.atoms, reference[None])["energy"][0]
-        start_model = model.energy(unit[None], box)[0]
         # (e_i·e_j - σ)² has a second derivative at a reference with σ between -1 and 1, which J_ij there already holds
-        collinear = Pattern.of(moments).collinear
-        shells = shells[: self.options.biquadratic] if collinear else []
-        misses, sizes, designs = [], [], []
-        for k, cone in enumerate(CONES):
-            progress("random states", k, len(CONES))
-            cosines = rng.uniform(np.cos(np.deg2rad(cone)), 1.0, (states, count))
-            turns = rng.uniform(0, 2 * np.pi, (states, count))
-            sines = np.sqrt(1 - cosines**2)
-            local = np.stack([sines * np.cos(turns), sines * np.sin(turns), cosines], axis=-1)
-            frames = np.array([shortest_rotation(np.array([0.0, 0.0, 1.0]), e) for e in unit])
-            spins = np.einsum("ixy,siy->six", frames, local)
-            turned = np.tile(reference, (states, 1, 1))
-            turned[:, box.magnetic] = spins * np.linalg.norm(reference[box.magnetic], axis=1)[None, :, None]
-            actual = []
-            for begin in range(0, states, CHUNK):
-                part = turned[begin : begin + CHUNK]
-                actual.append(calculator.evaluate_spins(box.atoms, part, magnetic_forces=False)["energy"])
-            change = np.concatenate(actual) - start
-            misses.append(change - (model.energy(spins, box) - start_model))
-            sizes.append(float(np.sqrt(np.mean(change**2))))
-            designs.append(np.array([model.turned(spins, unit, box, shell.pairs) for shell in shells]).T)
-        progress("random states", len(CONES), len(CONES))
-        scale = 1e3 / count
+        fitted = len(models) == 1 and joined.measured[0].reference.collinear
+        shells = shells[: self.options.biquadratic] if fitted else []
+        # per state and cone: predicted less actual energies (states,), in eV, and per site the rms of the actual ones
+        misses: list[list[Array]] = []
+        sizes: list[list[float]] = []
+        designs = []
+        for k, (measured, model) in enumerate(zip(joined.measured, models, strict=True)):
+            rng = np.random.default_rng(self.options.seed)
+            box = Supercell(model.cell, model.sites, (3, 3, 3))
+            moments = box.tiled(measured.reference.moments)
+            unit = np.tile(measured.reference.units, (len(box.shifts), 1))
+            start = calculator.evaluate_spins(box.atoms, moments[None])["energy"][0]
+            start_model = model.energy(unit[None], box)[0]
+            misses.append([])
+            sizes.append([])
+            for n, cone in enumerate(CONES):
+                progress("random states", k * len(CONES) + n, len(models) * len(CONES))
+                spins, actual = _random_states(rng, self.options.states, cone, unit, moments, box, calculator)
+                change = actual - start
+                misses[k].append((change - (model.energy(spins, box) - start_model)) / len(unit))
+                sizes[k].append(float(np.sqrt(np.mean(change**2))) / len(unit))
+                designs.append(np.array([model.turned(spins, unit, box, s.pairs) for s in shells]).T / len(unit))
+        progress("random states", len(models) * len(CONES), len(models) * len(CONES))
+
+        def rms(values: Any) -> Array:
+            return np.asarray(np.sqrt(np.mean(np.square(values), axis=-1))) * 1e3
+
+        text, units = "rms of predicted less actual energy of random states", "meV/magnetic atom"
+        pooled = np.concatenate(np.array(misses), axis=-1)
         data = {
-            "model_error": variable(
-                "cone",
-                np.array([np.sqrt(np.mean(x**2)) for x in misses]) * scale,
-                "meV/magnetic atom",
-                "rms of predicted less actual energy of random states",
-            ),
+            "model_error": variable("cone", rms(pooled), units, text),
             "model_scale": variable(
-                "cone",
-                np.array(sizes) * scale,
-                "meV/magnetic atom",
-                "rms of the actual energy of random states, less the reference",
+                "cone", rms(np.array(sizes).T), units, "rms of the actual energy of random states, less the reference"
             ),
         }
+        if len(models) > 1:
+            data["state_model_error"] = variable(("state", "cone"), rms(misses), units, f"{text} around one state")
         if shells:
             # every cone counts alike
-            weights = np.repeat([1 / max(x, 1e-300) for x in sizes], states)
-            design, target = np.concatenate(designs) * weights[:, None], np.concatenate(misses) * weights
+            weights = np.repeat([1 / max(x, 1e-300) for x in sizes[0]], self.options.states)
+            design, target = np.concatenate(designs) * weights[:, None], np.concatenate(misses[0]) * weights
             strengths = np.linalg.lstsq(design, target, rcond=None)[0]
-            left = [m - d @ strengths for m, d in zip(misses, designs, strict=True)]
+            left = [m - d @ strengths for m, d in zip(misses[0], designs, strict=True)]
             data["biquadratic"] = variable(
                 "fitted_shell", strengths * 1e3, "meV", "B of -Σ B (e_i·e_j - σ_ij)², σ that product in the reference"
             )
             data["model_error_biquadratic"] = variable(
-                "cone",
-                np.array([np.sqrt(np.mean(x**2)) for x in left]) * scale,
-                "meV/magnetic atom",
-                "rms of predicted less actual energy of random states, biquadratic exchange included",
+                "cone", rms(left), units, f"{text}, biquadratic exchange included"
             )
         return data
 
@@ -636,6 +534,7 @@ class Exchange(Property):
                 rows.append(
                     Row(label + of_members(dataset, key), value, dataset[key].attrs["units"], spread_of(dataset, key))
                 )
+        rows += _rows_of_states(dataset)
         if "model_error" in dataset:
             for cone in dataset["cone"].values:
                 scale = float(dataset["model_scale"].sel(cone=cone))
@@ -659,6 +558,41 @@ class Exchange(Property):
         return plot_exchange(dataset)
 
 
+def _model_of(joined: Joined, fit: Fit, state: int) -> "SpinModel":
+    """Return a fitted model in the cell of one of its states."""
+    pairs, rows = joined.pairs_of(state)
+    reference = joined.measured[state].reference
+    return SpinModel(reference.cell, reference.sites, pairs, fit.tensor[rows], fit.onsite[joined.sites[state]])
+
+
+def _random_states(
+    rng: np.random.Generator,
+    count: int,
+    cone: float,
+    unit: Array,
+    moments: Array,
+    box: Supercell,
+    calculator: SpinCalculator,
+) -> tuple[Array, Array]:
+    """Return random spins (S, M, 3) within a cone around directions (M, 3), and their energies in eV, shape (S,).
+
+    Lengths are those of the moments (N, 3) of the supercell.
+    """
+    cosines = rng.uniform(np.cos(np.deg2rad(cone)), 1.0, (count, len(unit)))
+    turns = rng.uniform(0, 2 * np.pi, (count, len(unit)))
+    sines = np.sqrt(1 - cosines**2)
+    local = np.stack([sines * np.cos(turns), sines * np.sin(turns), cosines], axis=-1)
+    frames = np.array([shortest_rotation(np.array([0.0, 0.0, 1.0]), e) for e in unit])
+    spins = np.einsum("ixy,siy->six", frames, local)
+    turned = np.tile(moments, (count, 1, 1))
+    turned[:, box.magnetic] = spins * np.linalg.norm(moments[box.magnetic], axis=1)[None, :, None]
+    found = [
+        calculator.evaluate_spins(box.atoms, turned[begin : begin + CHUNK], magnetic_forces=False)["energy"]
+        for begin in range(0, count, CHUNK)
+    ]
+    return spins, np.concatenate(found)
+
+
 def _favours(zero: Array, units: Array) -> bool:
     """Say whether unit vectors (n, 3) are among the orders of the largest eigenvalue of J(0), up to their lengths."""
     values, vectors = np.linalg.eigh(zero)
@@ -666,11 +600,34 @@ def _favours(zero: Array, units: Array) -> bool:
     return bool(np.all(np.einsum("ix,ix->i", top @ (top.T @ units), units) > 0))
 
 
+def _rows_of_states(dataset: xr.Dataset) -> list[Row]:
+    """Return what several reference states say, each by itself."""
+    rows = []
+    for k, name in enumerate(dataset["state"].values if "state" in dataset else ()):
+        for shell in range(min(2, dataset.sizes["shell"])):
+            spread = None if "shell_J_state_std" not in dataset else float(dataset["shell_J_state_std"][k, shell])
+            value = float(dataset["shell_J_state"][k, shell])
+            rows.append(Row(f"{name} alone: J {_shell_name(dataset, shell)}", value, "meV", spread))
+        for key, label in (
+            ("state_residual", "Hessian missed by the common J"),
+            ("state_energy", "energy, moments as relaxed"),
+            ("state_energy_model", "energy of the spin model"),
+        ):
+            spread = None if f"{key}_std" not in dataset else float(dataset[f"{key}_std"][k])
+            if k or key == "state_residual":
+                rows.append(Row(f"{name}: {label}", float(dataset[key][k]), dataset[key].attrs["units"], spread))
+    for shell in range(min(2, dataset.sizes["shell"]) if rows else 0):
+        label = f"spread between states: J {_shell_name(dataset, shell)}"
+        spread = None if "shell_J_spread_std" not in dataset else float(dataset["shell_J_spread_std"][shell])
+        rows.append(Row(label, float(dataset["shell_J_spread"][shell]), "meV", spread))
+    return rows
+
+
 def _shell_name(dataset: xr.Dataset, k: int) -> str:
     """Return elements and distance of a shell, and whether its moments are parallel where some are not."""
     name = f"{dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
     cosines = dataset["shell_cosine"].values
-    if dataset.attrs["collinear"] == "no" or cosines.min() > 0:
+    if dataset.attrs["collinear"] == "no" or "state" in dataset or cosines.min() > 0:
         return name
     return f"{name} {'parallel' if cosines[k] > 0 else 'antiparallel'}"
 
@@ -783,79 +740,3 @@ def shells_of(model: SpinModel, pair_orbits: NDArray[np.int64], site_orbits: NDA
             )
         )
     return sorted(found, key=lambda s: (round(s.distance, 3), s.label, int(s.pairs[0])))
-
-
-def _operations(
-    cell: Atoms, sites: NDArray[np.intp], pattern: Array, symprec: float, mag_symprec: float
-) -> list[Operation]:
-    """Return the operations that keep signed lengths (N,) up to a global sign, or moments (N, 3)."""
-    scaled = cell.get_scaled_positions(wrap=False)
-    found = spglib.get_magnetic_symmetry(
-        (cell.cell[:], scaled, cell.numbers, pattern),
-        symprec=symprec,
-        mag_symprec=mag_symprec,
-        is_axial=pattern.ndim == 2,
-    )
-    if found is None:
-        raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
-    operations = []
-    to_cartesian = cell.cell[:].T
-    for w, t in zip(found["rotations"], found["translations"], strict=True):
-        images = scaled[sites] @ w.T + t
-        difference = images[:, None] - scaled[sites][None]
-        whole = np.rint(difference)
-        error = np.linalg.norm((difference - whole) @ cell.cell[:], axis=2)
-        error[cell.numbers[sites][:, None] != cell.numbers[sites][None]] = np.inf
-        target = error.argmin(axis=1)
-        shift = whole[np.arange(len(sites)), target].astype(np.int64)
-        rotation = to_cartesian @ w @ np.linalg.inv(to_cartesian)
-        operations.append((rotation, np.asarray(w, dtype=np.int64), target.astype(np.int64), shift))
-    return operations
-
-
-def symmetrised(tensor: Array, pairs: Pairs, operations: list[Operation]) -> Array:
-    """Average pair tensors (P, 3, 3) over symmetry operations, and over J_ji = J_ijᵀ."""
-    total, count = np.zeros_like(tensor), np.zeros(len(tensor))
-    for operation in operations:
-        rotation = operation[0]
-        turned = np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
-        for rows, values in zip(_images(pairs, operation), (turned, turned.transpose(0, 2, 1)), strict=True):
-            good = rows >= 0
-            np.add.at(total, rows[good], values[good])
-            np.add.at(count, rows[good], 1.0)
-    return total / count[:, None, None]
-
-
-def _images(pairs: Pairs, operation: Operation) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return what an operation makes of each pair, and of each reversed one: indices, -1 where it is not among them."""
-    index = {key: k for k, key in enumerate(pairs.keys())}
-    _, w, target, shift = operation
-    first, second = target[pairs.first], target[pairs.second]
-    moved = pairs.shift @ w.T + shift[pairs.second] - shift[pairs.first]
-    keys = Pairs(first, second, moved, pairs.vector).keys()
-    reverse = Pairs(second, first, -moved, pairs.vector).keys()
-    forth, back = (np.array([index.get(name, -1) for name in names], dtype=np.int64) for names in (keys, reverse))
-    return forth, back
-
-
-def orbits(pairs: Pairs, operations: list[Operation]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number the classes of pairs (P,), either way round, and of sites (n,) that symmetry maps onto each other."""
-    images = [rows for operation in operations for rows in _images(pairs, operation)]
-    return _classes(len(pairs.first), images), _classes(len(operations[0][2]), [o[2] for o in operations])
-
-
-def _classes(count: int, images: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Number the connected classes of things that are mapped onto each other; an image of -1 is none."""
-    start = np.tile(np.arange(count), len(images))
-    end = np.concatenate(images)
-    good = end >= 0
-    links = coo_array((np.ones(int(good.sum())), (start[good], end[good])), shape=(count, count))
-    return np.asarray(connected_components(links, directed=False)[1], dtype=np.int64)
-
-
-def symmetrised_sites(tensor: Array, operations: list[Operation]) -> Array:
-    """Average site tensors (n, 3, 3) over symmetry operations."""
-    total = np.zeros_like(tensor)
-    for rotation, _, target, _ in operations:
-        total[target] += np.einsum("xa,pab,yb->pxy", rotation, tensor, rotation)
-    return total / len(operations)

@@ -97,6 +97,18 @@ def test_equation_of_state(capsys):
     assert Path("e.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_exchange_of_several_references(capsys):
+    """States by name on the command line, in capitals too, each with its row."""
+    options = ("--no-soc", "--states", "5", "--points", "5", "--mesh", "4", "--calculator", TOY)
+    assert run("exchange", EXAMPLES / "Fe.cif", "--references", "FM", "AFM", *options) == 0
+    out = capsys.readouterr().out
+    assert "afm: Hessian missed by the common J" in out
+    with xr.open_dataset("Fe_exchange.nc") as data:
+        assert data["state"].values.tolist() == ["fm", "afm"]
+        assert json.loads(data.attrs["options"])["references"] == ["FM", "AFM"]
+        assert len(json.loads(data.attrs["reference_structures"])) == 2
+
+
 def test_moments_from_everywhere(capsys):
     """A table, a file, a structure's own moments, and how they are relaxed."""
     fixed = ("--moments", "fixed", "--quiet", "-o", "x.nc", "--calculator", TOY)

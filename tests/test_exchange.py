@@ -6,6 +6,7 @@ import spglib
 import xarray as xr
 from ase import Atoms
 from ase.build import bulk
+from ase.io import write
 from mmace_props.base import write_dataset
 from mmace_props.errors import ConvergenceError, MomentError, OptionError, StructureError
 from mmace_props.exchange import Exchange, SpinModel
@@ -269,6 +270,82 @@ def test_canted_reference_gives_the_same_tensors():
     found = quick(radius=3.3).run(with_moments(atoms, [[0.3, 0.2, 2.0], [1.2, 0, 0.4]]), uniaxial)
     np.testing.assert_allclose(found["single_ion"].values[0], 0.3 * np.diag([-1, -1, 2]) / 3, atol=1e-7)
     np.testing.assert_allclose(found["onsite_offset"], 0, atol=1e-7)
+
+
+def test_several_references_share_one_model(tmp_path):
+    """Tensors of a bilinear Hamiltonian from states whose cells differ are those put in; no state misses anything."""
+    toy = CapableToy(
+        Heisenberg(2e-3, 3.0), PseudoDipolar(3e-4, 3.0, 1.0), DMI(4e-4, 3.0), Uniaxial(2e-4, numbers=(26,))
+    )
+    start = with_moments(chiral(), [2.1, 1.4])
+    canted = chiral().repeat((1, 3, 1))
+    canted.positions += [0.3, -0.1, 0.2]
+    moments = np.random.default_rng(0).normal(size=(6, 3))
+    moments *= (np.array([2.1, 1.4] * 3) / np.linalg.norm(moments, axis=1))[:, None]
+    write(tmp_path / "canted.extxyz", with_moments(canted, moments))
+    one = quick().run(start, toy)
+    names = ("fm", "afm", str(tmp_path / "canted.extxyz"))
+    several = quick(references=names, states=10).run(start, toy)
+    assert several["state"].values.tolist() == list(names)
+    assert several["state_supercell"].values[2] != several["state_supercell"].values[0]
+    assert several.sizes["pair"] == one.sizes["pair"]
+    np.testing.assert_array_equal(several["shift"], one["shift"])
+    np.testing.assert_allclose(several["tensor"], one["tensor"], atol=1e-8)
+    np.testing.assert_allclose(several["single_ion"], one["single_ion"], atol=1e-7)
+    for name in ("state_residual", "shell_J_spread", "model_error", "state_model_error"):
+        np.testing.assert_allclose(several[name], 0, atol=2e-6)
+    np.testing.assert_allclose(several["state_energy_model"], several["state_energy"], atol=2e-5)
+    assert np.all(several["state_energy"].values[1:] > 1)
+    write_dataset(several, tmp_path / "x.nc")
+    with xr.open_dataset(tmp_path / "x.nc") as again:
+        xr.testing.assert_identical(again.load(), several)
+
+
+def test_references_that_disagree():
+    """With a biquadratic term the ferromagnet says J + 2B, the antiferromagnet J - 2B, both together J."""
+    b = 3e-4
+    toy = CapableToy(Heisenberg(J, 2.6), Biquadratic(b, 2.6), soc=False)
+    atoms = ferromagnet(bulk("Fe", cubic=True, a=2.8))
+    for names in (("fm", "afm"), ("AFM", "given")):
+        data = quick(references=names).run(atoms, toy)
+        signs = np.array([1 if name in ("fm", "given") else -1 for name in data["state"].values])
+        assert float(data["shell_J"][0]) == pytest.approx(1e3 * J * M**2, rel=1e-6)
+        np.testing.assert_allclose(data["shell_J_state"].values[:, 0], 1e3 * (J * M**2 + 2 * signs * b), rtol=1e-6)
+        # two values 4B apart
+        assert float(data["shell_J_spread"][0]) == pytest.approx(1e3 * 4 * b / np.sqrt(2), rel=1e-6)
+        np.testing.assert_allclose(data["state_residual"], 1e3 * 2 * b, rtol=1e-6)
+        # eight bonds in the sum from either end, turned over
+        expected = -signs * 8 * 1e3 * J * M**2
+        np.testing.assert_allclose(data["state_energy"], expected - expected[0], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(data["state_energy_model"], expected - expected[0], rtol=1e-6, atol=1e-9)
+        assert data["shell_count"].values[0].tolist() == [8, 8]
+    # one state counts as much as another, though its cell holds more sites
+    rows = {r.label: r.value for r in Exchange().summary(data)}
+    assert rows["afm alone: J Fe-Fe, 2.425 Å"] == pytest.approx(1e3 * (J * M**2 - 2 * b), rel=1e-6)
+    assert rows["spread between states: J Fe-Fe, 2.425 Å"] == pytest.approx(1e3 * 4 * b / np.sqrt(2), rel=1e-6)
+    alone = quick(references=("afm",)).run(atoms, toy)
+    assert "state" not in alone
+    assert float(alone["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 - 2 * b), rel=1e-6)
+
+
+def test_references_that_are_refused(tmp_path):
+    """Names, files and crystals that do not belong together, each in one sentence."""
+    toy = CapableToy(Heisenberg(J, 2.6), soc=False)
+    atoms = ferromagnet(bulk("Fe", cubic=True, a=2.8))
+    other = ferromagnet(bulk("Fe", cubic=True, a=2.9))
+    write(tmp_path / "other.extxyz", other)
+    write(tmp_path / "bare.extxyz", Atoms("Fe", cell=bulk("Fe", a=2.8).cell, pbc=True))
+    half = with_moments(bulk("Fe", cubic=True, a=2.8), [M, 0.0])
+    write(tmp_path / "half.extxyz", half)
+    for names, error, sentence in (
+        (("fm", "afn"), OptionError, "did you mean 'afm'"),
+        (("fm", "FM"), OptionError, "'fm' is given twice"),
+        (("fm", str(tmp_path / "other.extxyz")), StructureError, "is not the crystal of the others"),
+        (("fm", str(tmp_path / "bare.extxyz")), MomentError, "carries no moments"),
+        (("fm", str(tmp_path / "half.extxyz")), MomentError, "loses its moment"),
+    ):
+        with pytest.raises(error, match=sentence):
+            quick(references=names).run(atoms, toy)
 
 
 def test_triangular_reference():
