@@ -2,6 +2,7 @@
 
 Frames come from `references/dft.json` (a plan of `mmace label`) through `references/dft.extxyz`. A parent's name tells
 what it is for: `<crystal>-<state>-eos-3`, `-fixed-` (one volume), `-tetragonal-`, `-shear-`, or the point of a phonon.
+Which of them make which quantity stands in `references/derivation.json`.
 """
 
 import json
@@ -20,6 +21,7 @@ from mmace_props.protocol import moments_of
 from scipy.optimize import curve_fit
 
 from .calculate import GPA
+from .derivation import Crystal, Derivation, read_derivation
 from .errors import BenchmarkError
 from .systems import System, read_json
 
@@ -28,35 +30,7 @@ THZ = 1e-12 / (2 * np.pi) * np.sqrt(_e * 1e20 / _amu)
 """√(eV/Å²/u) as an ordinary frequency in THz."""
 MEGAJOULE = 1e3 * GPA
 """MJ/m³ in eV/Å³."""
-FIXED = {"Fe": 2.83**3 / 2, "FeAl": 2.87**3 / 2, "Fe3Al": 5.72**3 / 16, "CrN": 4.12**3 / 8}
-"""Volumes at which orders are compared, Å³/atom."""
-NOISE = {"Fe": 2.6, "FeAl": 2.6, "Fe3Al": 2.6, "CrN": 1.3}
-"""Largest mesh noise that was seen, meV/atom, on meshes coarser than these (docs/labels.md, Meshes)."""
 SAME_CELL = 0.5
-SPIRALS = {
-    ("Fe", "afm"): "Fe.spiral.H",
-    ("FeAl", "afm001"): "FeAl.spiral.X",
-    ("FeAl", "afm110"): "FeAl.spiral.M",
-    ("FeAl", "afm111"): "FeAl.spiral.R",
-}
-"""Layers of alternating sign are the flat spiral at a zone boundary."""
-LABEL_STATES = {
-    "FeAl.moment.0.15": ("shared_abinit.extxyz", "feal_eos_2.90_0.15", "feal_eos_2.90_0.75"),
-    "FeAl.moment.0.40": ("shared_abinit.extxyz", "feal_eos_2.90_0.40", "feal_eos_2.90_0.75"),
-    "FeAl.moment.1.20": ("shared_abinit.extxyz", "feal_eos_2.90_1.20", "feal_eos_2.90_0.75"),
-    "FeAl.moment.1.70": ("shared_abinit.extxyz", "feal_eos_2.90_1.70", "feal_eos_2.90_0.75"),
-    "Fe.angle.60": ("abinit_noncollinear.extxyz", "nc-Fe-bcc-0-m2", "nc-Fe-bcc-0-m1"),
-    "Fe.angle.150": ("abinit_noncollinear.extxyz", "nc-Fe-bcc-0-m5", "nc-Fe-bcc-0-m1"),
-    "Fe.angle.180": ("abinit_noncollinear.extxyz", "nc-Fe-bcc-0-m6", "nc-Fe-bcc-0-m1"),
-}
-"""Differences of two labels at the same positions: file, first, and the one that is taken off."""
-COMBINATIONS = {
-    "CrN.afm110.below_afm001_fixed": {"CrN.afm110.above_fm_fixed": 1.0, "CrN.afm001.above_fm_fixed": -1.0},
-    "CrN.J1_orders": {"CrN.afm001.above_fm_fixed": 2 / 16},
-    "CrN.J2_orders": {"CrN.afm110.above_fm_fixed": 2 / 8, "CrN.afm001.above_fm_fixed": -12 / 16 * 2 / 8},
-}
-"""Sums of other values. Of the exchange with first and second neighbours a Cr has 12 J1 + 6 J2 in the ferromagnet,
-−4 J1 + 6 J2 in [001] and −2 J2 in [110]₂ order; energies count by atom, of which half are Cr."""
 STRESS_NOISE = 0.1
 """GPa that the mesh leaves open: finer meshes moved stresses by 0.1 to 0.3 GPa from those of the labels."""
 MOMENT_NOISE = 0.02
@@ -74,18 +48,6 @@ STRESSES = "mesh noise of the stress (0.1 GPa) over the strain, and the fit of B
 FINITE = "finite displacement: frequency from the force against that from the energy, at least 1 %; 3 % without it"
 FORCE_THEOREM = "GPAW, PBE, force theorem"
 FORCE_MESH = "a tenth, what meshes leave open, at least 2 µeV"
-ANISOTROPY = {
-    "soc-FeAl-B2-tetragonal-12": "FeAl.compressed.anisotropy",
-    "soc-FeAl-B2-tetragonal-8": "FeAl.expanded.anisotropy",
-    "soc-Fe-bcc-tetragonal-2": "Fe.stretched.anisotropy",
-    "soc-Fe-bcc-tetragonal-3": "Fe.compressed.anisotropy",
-}
-"""Groups of directions of test parents, and the quantities they give."""
-MAGNETOELASTIC = {
-    "FeAl.B1": ("soc-FeAl-B2-tetragonal-2", "soc-FeAl-B2-tetragonal-3"),
-    "Fe.B1": ("soc-Fe-bcc-tetragonal-0", "soc-Fe-bcc-tetragonal-1", "soc-Fe-bcc-tetragonal-2"),
-}
-"""Groups at the volume of a = 2.87 Å (FeAl) and 2.83 Å (Fe) with strains of at most 6 %."""
 
 
 def derive(system: System) -> dict[str, dict[str, Any]]:
@@ -97,15 +59,28 @@ def derive(system: System) -> dict[str, dict[str, Any]]:
 
     Raises
     ------
-    BenchmarkError : the frames are missing.
+    BenchmarkError : the frames or the tables beside them are missing, or the tables break a rule.
+    """
+    values = all_values(system)
+    content = json.dumps({"settings": SETTINGS, "values": values}, indent=1) + "\n"
+    path = system.folder / "references" / "values.json"
+    write_whole(path, lambda temporary: Path(temporary).write_text(content))
+    return values
+
+
+def all_values(system: System) -> dict[str, dict[str, Any]]:
+    """Values that the reference frames and the labels of a system give.
+
+    Raises
+    ------
+    BenchmarkError : the frames or the tables beside them are missing, or the tables break a rule.
     """
     path = system.folder / "references" / "dft.extxyz"
     if not path.exists():
         raise BenchmarkError(f"'{path}' is missing; run the plan beside it with mmace label, and collect it there")
-    values = {**derived_values(by_tag(ase.io.read(path, ":"))), **anisotropy_values(system), **label_values(system)}
-    content = json.dumps({"settings": SETTINGS, "values": values}, indent=1) + "\n"
-    write_whole(path.with_name("values.json"), lambda temporary: Path(temporary).write_text(content))
-    return values
+    tables = read_derivation(system)
+    labels = {**anisotropy_values(system, tables), **label_values(system, tables)}
+    return {**derived_values(by_tag(ase.io.read(path, ":")), tables), **labels}
 
 
 def by_tag(frames: Sequence[Atoms]) -> dict[str, list[Atoms]]:
@@ -116,7 +91,7 @@ def by_tag(frames: Sequence[Atoms]) -> dict[str, list[Atoms]]:
     return groups
 
 
-def derived_values(groups: Mapping[str, Sequence[Atoms]]) -> dict[str, dict[str, Any]]:
+def derived_values(groups: Mapping[str, Sequence[Atoms]], tables: Derivation) -> dict[str, dict[str, Any]]:
     """Quantities from frames by tag; a curve with too few frames, or strains without extent, give none."""
     values: dict[str, dict[str, Any]] = {}
 
@@ -148,15 +123,16 @@ def derived_values(groups: Mapping[str, Sequence[Atoms]]) -> dict[str, dict[str,
             if state == "fm" and key.startswith(f"{crystal}.") and key != name:
                 frames = [*groups[_eos(name)], *groups[_eos(key)]]
                 gap, open_ = minima[key][0][0] - fit[0], np.hypot(errors[0], minima[key][1][0])
-                noise, reason = _noise(crystal, frames[0], frames[-1])
+                noise, reason = _noise(tables, crystal, frames[0], frames[-1])
                 add(f"{key}.above_fm", 1e3 * gap, np.hypot(1e3 * open_, noise), frames, f"both fits; {reason}")
-    for crystal, state, (frame, other) in fixed_pairs(groups):
+    spirals = {place: quantity for quantity, place in tables.spirals.items()}
+    for crystal, state, (frame, other) in fixed_pairs(groups, tables.crystals):
         gap = 1e3 * (frame.get_potential_energy() / len(frame) - other.get_potential_energy() / len(other))
-        noise, reason = _noise(crystal, frame, other)
+        noise, reason = _noise(tables, crystal, frame, other)
         add(f"{crystal}.{state}.above_fm_fixed", gap, noise, [frame, other], reason)
-        if (crystal, state) in SPIRALS:
-            add(SPIRALS[crystal, state], gap, noise, [frame, other], reason)
-    for name, terms in COMBINATIONS.items():
+        if (crystal, state) in spirals:
+            add(spirals[crystal, state], gap, noise, [frame, other], reason)
+    for name, terms in tables.combinations.items():
         parts = [values.get(key) for key in terms]
         known = [p for p in parts if p is not None]
         if len(known) == len(terms):
@@ -249,11 +225,13 @@ def from_stresses(frames: Sequence[Atoms], start: np.ndarray) -> np.ndarray:
     return np.asarray(curve_fit(derivative, volume, slope, p0=start[1:])[0])
 
 
-def _noise(crystal: str, first: Atoms, second: Atoms) -> tuple[float, str]:
+def _noise(tables: Derivation, crystal: str, first: Atoms, second: Atoms) -> tuple[float, str]:
     """Mesh noise of a difference of energies, meV/atom, and its reason."""
     if len(first) == len(second):
         return SAME_CELL, EQUAL
-    return NOISE.get(crystal, max(NOISE.values())), MESHES
+    if crystal not in tables.crystals:
+        raise BenchmarkError(f"derivation.json has no crystal '{crystal}' of the reference frames; add its mesh noise")
+    return tables.crystals[crystal].mesh_noise, MESHES
 
 
 def _clamped(frames: Sequence[Atoms]) -> str:
@@ -266,8 +244,10 @@ def _aligned(atoms: Atoms) -> bool:
     return bool((moments_of(atoms)[:, 2] > -0.01).all())
 
 
-def fixed_pairs(groups: Mapping[str, Sequence[Atoms]]) -> list[tuple[str, str, tuple[Atoms, Atoms]]]:
-    """Crystal, state, and a frame of the state with one of the ferromagnet at the crystal's volume in `FIXED`.
+def fixed_pairs(
+    groups: Mapping[str, Sequence[Atoms]], crystals: Mapping[str, Crystal]
+) -> list[tuple[str, str, tuple[Atoms, Atoms]]]:
+    """Crystal, state, and a frame of the state with one of the ferromagnet at the crystal's volume.
 
     A ferromagnet in the same cell, on the same mesh, is preferred: most of the mesh's noise cancels.
     """
@@ -276,7 +256,7 @@ def fixed_pairs(groups: Mapping[str, Sequence[Atoms]]) -> list[tuple[str, str, t
         crystal, _, rest = tag.partition("-")
         state = rest.removesuffix("-eos").removesuffix("-fixed")
         for atoms in frames:
-            volume = FIXED.get(crystal, np.nan)
+            volume = crystals[crystal].volume if crystal in crystals else np.nan
             if "-" in state or abs(atoms.get_volume() / len(atoms) - volume) > 1e-3:
                 continue
             ferromagnet = _aligned(atoms) and moments_of(atoms)[:, 2].max() > 0.01
@@ -425,7 +405,7 @@ def _unstrained(atoms: Atoms) -> np.ndarray:
     return a * np.round(2 * cell / a) / 2
 
 
-def anisotropy_values(system: System) -> dict[str, dict[str, Any]]:
+def anisotropy_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]]:
     """E[100] − E[001] of groups of directions of test parents, and B1 from groups at one volume, in label settings."""
     path = system.folder / "data" / "gpaw_soc.extxyz"
     if not path.exists():
@@ -435,12 +415,12 @@ def anisotropy_values(system: System) -> dict[str, dict[str, Any]]:
         groups.setdefault(str(atoms.info["parent"]), []).append(atoms)
     tested = set(read_json(system.folder / "splits.json")["test"])
     values: dict[str, dict[str, Any]] = {}
-    for parent, name in ANISOTROPY.items():
+    for name, parent in tables.anisotropy.items():
         if parent in groups and parent in tested:
             _, gap = axial_anisotropy(groups[parent])
             source = f"{FORCE_THEOREM}; label of a test parent, {parent}; uncertainty: {FORCE_MESH}"
             values[name] = {"value": gap, "uncertainty": max(2.0, 0.1 * abs(gap)), "source": source}
-    for name, parents in MAGNETOELASTIC.items():
+    for name, parents in tables.magnetoelastic.items():
         if all(p in groups for p in parents):
             points = np.array([axial_anisotropy(groups[p]) for p in parents])
             volume = groups[parents[0]][0].get_volume()
@@ -453,16 +433,16 @@ def anisotropy_values(system: System) -> dict[str, dict[str, Any]]:
     return values
 
 
-def label_values(system: System) -> dict[str, dict[str, Any]]:
+def label_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]]:
     """Energies of constrained moments from labels; the model saw those of training parents."""
     split = read_json(system.folder / "splits.json")
     values: dict[str, dict[str, Any]] = {}
-    for file in sorted({entry[0] for entry in LABEL_STATES.values()}):
+    for file in sorted({entry[0] for entry in tables.labels.values()}):
         path = system.folder / "data" / file
         if not path.exists():
             continue
         frames = {str(a.info["name"]): a for a in ase.io.read(path, ":")}
-        for name, (place, first, second) in LABEL_STATES.items():
+        for name, (place, first, second) in tables.labels.items():
             if place != file or first not in frames or second not in frames:
                 continue
             pair = [frames[first], frames[second]]

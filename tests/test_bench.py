@@ -19,7 +19,8 @@ from mmace_bench import cli, systems
 from mmace_bench.analyse import MISS, OK, UNKNOWN, changes, compare, verdict
 from mmace_bench.calculate import anisotropy_errors, errors_of, identity, parity, state_energies, values
 from mmace_bench.cli import main
-from mmace_bench.derive import anisotropy_values, by_tag, derived_values, frozen_phonon, label_values, magnetoelastic
+from mmace_bench.derivation import Derivation, read_derivation
+from mmace_bench.derive import all_values, derived_values, frozen_phonon, magnetoelastic
 from mmace_bench.errors import BenchmarkError
 from mmace_bench.rendering import html
 from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, figures
@@ -460,7 +461,7 @@ def test_derived_values_of_a_crystal_with_known_constants(primitive):
     groups["X-fm-shear"].append(
         frame(symbols, 2.83 * ideal @ (np.eye(3) + strain), scaled, "X-fm-shear-0", stress=stress)
     )
-    found = derived_values(groups)
+    found = derived_values(groups, Derivation())
     assert found["X.fm.V0"]["value"] == pytest.approx(v0, rel=1e-6)
     assert found["X.fm.B0"]["value"] == pytest.approx(GPA * b0, rel=1e-5)
     assert found["X.fm.m0"]["value"] == pytest.approx(2.0, abs=1e-6)
@@ -483,7 +484,7 @@ def test_no_strain_gives_no_elastic_constants():
         )
     for tag in ("tetragonal", "shear"):
         groups[f"X-fm-{tag}"] = [frame("FeAl", 2.83 * np.eye(3), [[0] * 3, [0.5] * 3], f"X-fm-{tag}-0")] * 2
-    found = derived_values(groups)
+    found = derived_values(groups, Derivation())
     assert "X.fm.V0" in found
     assert not {"X.fm.C11", "X.fm.C44", "X.fm.C66"} & set(found)
 
@@ -500,7 +501,7 @@ def test_shear_constant_and_distortion_come_from_the_cartesian_strain(turned):
         stress = np.array([0, 0, 0, 0, 0, c66 * (2 * e - spontaneous)])
         name = f"X-afm110-shear-{k}"
         frames.append(frame("CrCr", cell @ strain, places, name, stress=stress, moment=[2.0, -2.0]))
-    found = derived_values({"X-afm110-shear": frames})
+    found = derived_values({"X-afm110-shear": frames}, Derivation())
     assert found["X.afm110.C66"]["value"] == pytest.approx(GPA * c66, rel=1e-6)
     assert found["X.afm110.distortion"]["value"] == pytest.approx(np.sqrt(2) * a * spontaneous, rel=1e-6)
 
@@ -522,12 +523,12 @@ def test_modes_do_not_depend_on_which_jobs_are_finished():
     """A zone-boundary mode keeps the number of its job in the plan; points of pairs wait for all of them."""
     cell, places = 2.83 * np.diag([1, 1, 2]), [[0, 0, 0], [0, 0, 0.5]]
     last = springs("FeFe", cell, places, 1, (0, 0, 0.03), "X-fm-N-2")
-    assert list(derived_values({"X-fm-N": [last]})) == ["X.fm.N.2"]
+    assert list(derived_values({"X-fm-N": [last]}, Derivation())) == ["X.fm.N.2"]
     four = [[0, 0, 0], [0, 0, 0.5], [0.5, 0.5, 0.25], [0.5, 0.5, 0.75]]
     moves = [(0, (0, 0, 0.04)), (2, (0, 0, 0.04)), (0, (0.04, 0, 0)), (2, (0.04, 0, 0))]
     frames = [springs("FeFeAlAl", cell, four, i, u, f"X-fm-X-{k}") for k, (i, u) in enumerate(moves)]
-    assert derived_values({"X-fm-X": frames[:3]}) == {}
-    found = derived_values({"X-fm-X": frames})
+    assert derived_values({"X-fm-X": frames[:3]}, Derivation()) == {}
+    found = derived_values({"X-fm-X": frames}, Derivation())
     fe, al = frames[0].get_masses()[[0, 2]]
     coupled = np.array([[5.0 / fe, -1.2 / np.sqrt(fe * al)], [-1.2 / np.sqrt(fe * al), 5.0 / al]])
     modes = np.sqrt(np.linalg.eigvalsh(coupled)) * units.second * 1e-12 / (2 * np.pi)
@@ -536,7 +537,7 @@ def test_modes_do_not_depend_on_which_jobs_are_finished():
 
 
 def test_orders_at_one_volume_need_no_curve():
-    """Energies of orders at the volume of `FIXED`, and first and second neighbours' exchange from three orders."""
+    """Energies of orders at the volume of the tables, and first and second neighbours' exchange from three orders."""
     j1, j2, a = -9.0, 1.5, 4.12
     energies = {"fm": -12 * j1 - 6 * j2, "afm001": 4 * j1 - 6 * j2, "afm110": 2 * j2}
     groups = {}
@@ -547,10 +548,39 @@ def test_orders_at_one_volume_need_no_curve():
         atoms.set_initial_magnetic_moments([*moments, 0, 0])
         atoms.calc = SinglePointCalculator(atoms, energy=2e-3 * energy, forces=np.zeros((4, 3)), stress=np.zeros(6))
         groups[f"CrN-{state}-eos"] = [atoms]
-    found = derived_values(groups)
+    found = derived_values(groups, read_derivation(read_system("CrN")))
     assert found["CrN.afm001.above_fm_fixed"]["value"] == pytest.approx(8 * j1)
     assert found["CrN.J1_orders"]["value"] == pytest.approx(j1)
     assert found["CrN.J2_orders"]["value"] == pytest.approx(j2)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"label": {}}, "'label' of 'the tables'"),
+        ({"labels": {"Fe.angle.61": ["f", "a", "b"]}}, "'Fe.angle.61' of 'labels'"),
+        ({"labels": {"Fe.angle.60": ["f", "a"]}}, "no list of 3 names"),
+        ({"spirals": {"Fe.spiral.H": ["Fe", "afm"]}}, "'Fe' of 'spirals'"),
+        ({"crystals": {"Fe": {"a": 2.83, "atoms": 0, "mesh_noise": 2.6}}}, "positive"),
+        ({"crystals": {"Fe": {"a": 2.83}}}, "missing"),
+        ({"combinations": {"Fe.spiral.H": {"Fe.angle.60": "much"}}}, "much"),
+        ([], "cannot be read"),
+    ],
+)
+def test_broken_tables_of_the_derivation_are_refused(tmp_path, tables, words):
+    """A mistyped name would otherwise give one value less, silently."""
+    system = read_system("FeAl")
+    (tmp_path / "references").mkdir()
+    (tmp_path / "references/derivation.json").write_text(json.dumps(tables))
+    with pytest.raises(BenchmarkError, match=words):
+        read_derivation(System(system.name, tmp_path, {}, (), system.quantities))
+
+
+def test_every_label_in_the_tables_is_there():
+    """A label or a group that is missing would give one value less, silently."""
+    for name in SYSTEMS:
+        tables, found = read_derivation(read_system(name)), all_values(read_system(name))
+        assert {*tables.labels, *tables.anisotropy, *tables.magnetoelastic} <= set(found)
 
 
 def test_magnetoelastic_slope_is_that_without_strain():
@@ -616,11 +646,7 @@ def test_own_dft_is_what_its_frames_give(name):
     """The values beside the frames are those that `mmace-bench derive` computes from them."""
     folder = Path(mmace_bench.__file__).parent / name / "references"
     stored = json.loads((folder / "values.json").read_text())["values"]
-    import ase.io
-
-    system = read_system(name)
-    frames = by_tag(ase.io.read(folder / "dft.extxyz", ":"))
-    again = {**derived_values(frames), **anisotropy_values(system), **label_values(system)}
+    again = all_values(read_system(name))
     assert set(stored) == set(again)
     for key, entry in stored.items():
         assert again[key]["value"] == pytest.approx(entry["value"], rel=1e-6)
