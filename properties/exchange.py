@@ -1,6 +1,6 @@
 """Exchange tensors of every pair from the transverse Hessian of a supercell, and what follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,8 +53,7 @@ class ExchangeOptions(Options):
     path : special points of J(q); ``auto`` is the path of the Bravais lattice.
     points : wave vectors along the path.
     mesh : points per direction of the meshes of the RPA average and of the largest J(q).
-    biquadratic : shells, the nearest first, whose biquadratic exchange is fitted to the random states; none are where
-        the reference is not collinear.
+    biquadratic : shells, the nearest first, whose bilinear and biquadratic exchange are fitted together.
     """
 
     references: tuple[str, ...] = option(
@@ -68,7 +67,7 @@ class ExchangeOptions(Options):
     path: str = option("auto", "special points of J(q); auto is the path of the Bravais lattice")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(24, "points per direction of the meshes of the RPA average and of the largest J(q)")
-    biquadratic: int = option(2, "nearest shells whose biquadratic exchange is fitted to the random states; 0 for none")
+    biquadratic: int = option(2, "nearest shells whose J and biquadratic B are fitted together; 0 for none")
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -426,10 +425,15 @@ class Exchange(Property):
         calculator: SpinCalculator,
         progress: Progress,
     ) -> dict[str, xr.Variable]:
-        """Compare the spin model with the calculator on random states of a small supercell, and fit what is missing."""
-        # (e_i·e_j - σ)² has a second derivative at a reference with σ between -1 and 1, which J_ij there already holds
-        fitted = len(models) == 1 and joined.measured[0].reference.collinear
-        shells = shells[: self.options.biquadratic] if fitted else []
+        """Compare the spin model with the calculator on random states of small supercells, and fit J and B together.
+
+        For any B of a shell the bilinear part is what the Hessians then say, linear in B; B is that of the least
+        energies missed on the random states.
+        """
+        rows = joined.pairs_of(0)[1]
+        groups = [np.unique(rows[shell.pairs]) for shell in shells[: self.options.biquadratic]]
+        alone = joined.fit()
+        beside = [joined.fit(biquadratic=np.isin(np.arange(len(joined.pairs.first)), g).astype(float)) for g in groups]
         # per state and cone: predicted less actual energies (states,), in eV, and per site the rms of the actual ones
         misses: list[list[Array]] = []
         sizes: list[list[float]] = []
@@ -441,6 +445,8 @@ class Exchange(Property):
             unit = np.tile(measured.reference.units, (len(box.shifts), 1))
             start = calculator.evaluate_spins(box.atoms, moments[None])["energy"][0]
             start_model = model.energy(unit[None], box)[0]
+            changes = [_per_strength(joined, alone, other, k, g) for other, g in zip(beside, groups, strict=True)]
+            starts = np.array([change(unit[None], box)[0] for change in changes])
             misses.append([])
             sizes.append([])
             for n, cone in enumerate(CONES):
@@ -449,7 +455,9 @@ class Exchange(Property):
                 change = actual - start
                 misses[k].append((change - (model.energy(spins, box) - start_model)) / len(unit))
                 sizes[k].append(float(np.sqrt(np.mean(change**2))) / len(unit))
-                designs.append(np.array([model.turned(spins, unit, box, s.pairs) for s in shells]).T / len(unit))
+                if groups:
+                    predicted = np.array([change(spins, box) for change in changes])
+                    designs.append((predicted.T - starts) / len(unit))
         progress("random states", len(models) * len(CONES), len(models) * len(CONES))
 
         def rms(values: Any) -> Array:
@@ -465,17 +473,32 @@ class Exchange(Property):
         }
         if len(models) > 1:
             data["state_model_error"] = variable(("state", "cone"), rms(misses), units, f"{text} around one state")
-        if shells:
-            # every cone counts alike
-            weights = np.repeat([1 / max(x, 1e-300) for x in sizes[0]], self.options.states)
-            design, target = np.concatenate(designs) * weights[:, None], np.concatenate(misses[0]) * weights
-            strengths = np.linalg.lstsq(design, target, rcond=None)[0]
-            left = [m - d @ strengths for m, d in zip(misses[0], designs, strict=True)]
+        if groups:
+            # every cone of every state counts alike
+            missed = np.array(misses).reshape(len(designs), -1)
+            weights = 1 / np.maximum(np.array(sizes).reshape(-1, 1), 1e-300)
+            design, target = np.array(designs) * weights[:, :, None], missed * weights
+            strengths = np.linalg.lstsq(design.reshape(-1, len(groups)), target.ravel(), rcond=None)[0]
+            left = (missed - np.array(designs) @ strengths).reshape(len(models), len(CONES), -1)
+            every = np.zeros(len(joined.pairs.first))
+            for group, strength in zip(groups, strengths, strict=True):
+                every[group] = strength
+            both = joined.fit(biquadratic=every)
+            isotropic = np.trace(both.tensor, axis1=1, axis2=2) / 3
             data["biquadratic"] = variable(
-                "fitted_shell", strengths * 1e3, "meV", "B of -Σ B (e_i·e_j - σ_ij)², σ that product in the reference"
+                "fitted_shell", strengths * 1e3, "meV", "B of -Σ J e_i·e_j - Σ B (e_i·e_j)², fitted together with J"
+            )
+            data["bilinear"] = variable(
+                "fitted_shell",
+                np.array([isotropic[group].mean() for group in groups]) * 1e3,
+                "meV",
+                "J of -Σ J e_i·e_j - Σ B (e_i·e_j)², fitted together with B",
+            )
+            data["direction_residual_biquadratic"] = variable(
+                (), both.misfit.max() * 1e3, "meV", "largest part of the Hessian that J and B together miss"
             )
             data["model_error_biquadratic"] = variable(
-                "cone", rms(left), units, f"{text}, biquadratic exchange included"
+                "cone", rms(np.concatenate(left, axis=-1)), units, f"{text}, J and B fitted together"
             )
         return data
 
@@ -529,6 +552,7 @@ class Exchange(Property):
             ("left_out", "|J| beyond the supercell"),
             ("symmetry_removed", "removed by symmetry"),
             ("direction_residual", "not common to all axes"),
+            ("direction_residual_biquadratic", "not common to all axes, with B"),
         ):
             if key in dataset and np.isfinite(value := float(dataset[key])):
                 rows.append(
@@ -543,12 +567,10 @@ class Exchange(Property):
                         label = f"model error{words} at {cone:g}°, of {scale:.3g}"
                         error = float(dataset[key].sel(cone=cone))
                         rows.append(Row(label, error, "meV/magnetic atom", spread_of(dataset, key, cone=cone)))
-        if "model_error" in dataset and dataset.attrs["collinear"] == "no":
-            rows.append(Row("biquadratic exchange", "not fitted: J of a non-collinear reference holds a part of it"))
         for k in range(dataset.sizes.get("fitted_shell", 0)):
-            label = f"B {_shell_name(dataset, k)}"
-            spread = None if "biquadratic_std" not in dataset else float(dataset["biquadratic_std"][k])
-            rows.append(Row(label, float(dataset["biquadratic"][k]), "meV", spread))
+            for key, label in (("biquadratic", "B"), ("bilinear", "J beside B")):
+                spread = None if f"{key}_std" not in dataset else float(dataset[f"{key}_std"][k])
+                rows.append(Row(f"{label} {_shell_name(dataset, k)}", float(dataset[key][k]), "meV", spread))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":
@@ -563,6 +585,28 @@ def _model_of(joined: Joined, fit: Fit, state: int) -> "SpinModel":
     pairs, rows = joined.pairs_of(state)
     reference = joined.measured[state].reference
     return SpinModel(reference.cell, reference.sites, pairs, fit.tensor[rows], fit.onsite[joined.sites[state]])
+
+
+def _per_strength(
+    joined: Joined, alone: Fit, beside: Fit, state: int, group: NDArray[np.int64]
+) -> Callable[[Array, Supercell], Array]:
+    """Return the change of the energy of spins (S, M, 3) in the cell of a state per B of a group of pairs.
+
+    Parameters
+    ----------
+    joined : the states.
+    alone, beside : bilinear parts with B = 0 and with B = 1 eV in the group, which differ in the group alone.
+    state : by number.
+    group : rows of the crystal's pairs.
+    """
+    pairs, rows = joined.pairs_of(state)
+    inside = np.isin(rows, group)
+    kept = Pairs(pairs.first[inside], pairs.second[inside], pairs.shift[inside], pairs.vector[inside])
+    reference = joined.measured[state].reference
+    tensor = (beside.tensor - alone.tensor)[rows[inside]]
+    onsite = (beside.onsite - alone.onsite)[joined.sites[state]]
+    model = SpinModel(reference.cell, reference.sites, kept, tensor, onsite)
+    return lambda spins, box: model.energy(spins, box) + model.quadratic(spins, box)
 
 
 def _random_states(
@@ -692,16 +736,12 @@ class SpinModel:
             result -= np.einsum("smx,xy,smy->s", spins[:, here], tensor, spins[:, there])
         return np.asarray(result)
 
-    def turned(self, spins: Array, reference: Array, box: Supercell, pairs: NDArray[np.intp]) -> Array:
-        """Return -Σ (e_i·e_j - σ_ij)² over some pairs of unit spins (S, M, 3), σ that of the reference, shape (S,).
-
-        It has no second derivative at a collinear reference, so J_ij from there stays as it is beside it.
-        """
+    def quadratic(self, spins: Array, box: Supercell) -> Array:
+        """Return -Σ (e_i·e_j)² over the pairs of unit spins (S, M, 3), shape (S,)."""
         result = np.zeros(len(spins))
-        for p in pairs:
-            here, there = self._ends(box, int(p))
-            signs = np.einsum("mx,mx->m", reference[here], reference[there])
-            result -= ((np.einsum("smx,smx->sm", spins[:, here], spins[:, there]) - signs) ** 2).sum(axis=1)
+        for p in range(len(self.tensor)):
+            here, there = self._ends(box, p)
+            result -= (np.einsum("smx,smx->sm", spins[:, here], spins[:, there]) ** 2).sum(axis=1)
         return result
 
 

@@ -206,6 +206,7 @@ class Measured:
     pairs : those with a unique image in it, P of them.
     design : target per component of a pair's tensor, shape (P, 4K, 9).
     target : ``-½ |m_i||m_j| t·H·t'`` in eV, shape (P, 4K).
+    biquadratic : target per B of the pair in ``-Σ B (e_i·e_j)²``, shape (P, 4K).
     own : one per orientation.
     left : largest |J| at other images, eV.
     """
@@ -215,6 +216,7 @@ class Measured:
     pairs: Pairs
     design: Array
     target: Array
+    biquadratic: Array
     own: list[OwnBlock]
     left: float
 
@@ -241,7 +243,7 @@ def measure(
     pairs, kept, others = box.pairs()
     total, own = len(box.magnetic), np.arange(len(sites))
     left = 0.0
-    designs, targets, blocks_of_own = [], [], []
+    designs, targets, quadratics, blocks_of_own = [], [], [], []
     for k, turn in enumerate(turns):
         progress(stage, k, len(turns))
         axes = (reference.directions @ turn.T)[sites]
@@ -252,12 +254,16 @@ def measure(
         targets.append(flat[pairs.first * total + kept].reshape(-1, 4))
         if len(others):
             left = max(left, float(np.abs(flat[others]).max()))
-        outer = np.einsum("pax,pby->pabxy", frames[pairs.first], frames[pairs.second])
-        designs.append(outer.reshape(-1, 4, 9))
-        blocks_of_own.append(OwnBlock(reference.units @ turn.T, frames, tensors[own, own], inward))
+        here, there, units = frames[pairs.first], frames[pairs.second], reference.units @ turn.T
+        designs.append(np.einsum("pax,pby->pabxy", here, there).reshape(-1, 4, 9))
+        cosines = np.einsum("px,px->p", units[pairs.first], units[pairs.second])
+        straight = cosines[:, None, None] * np.einsum("pax,pbx->pab", here, there)
+        crossed = np.einsum("pax,px,pby,py->pab", here, units[pairs.second], there, units[pairs.first], optimize=True)
+        quadratics.append(2 * (straight + crossed).reshape(-1, 4))
+        blocks_of_own.append(OwnBlock(units, frames, tensors[own, own], inward))
     progress(stage, len(turns), len(turns))
-    design, target = np.concatenate(designs, axis=1), np.concatenate(targets, axis=1)
-    return Measured(reference, box, pairs, design, target, blocks_of_own, left)
+    design, target, quadratic = (np.concatenate(x, axis=1) for x in (designs, targets, quadratics))
+    return Measured(reference, box, pairs, design, target, quadratic, blocks_of_own, left)
 
 
 @dataclass(frozen=True)
@@ -345,7 +351,7 @@ def _places(atoms: Atoms, cell: Atoms, name: str) -> tuple[Integers, Integers]:
 
 @dataclass(frozen=True)
 class Fit:
-    """A bilinear model of a crystal.
+    """The bilinear part of a model of a crystal.
 
     Parameters
     ----------
@@ -397,16 +403,24 @@ class Joined:
         held = Pairs(pairs.first[inside], pairs.second[inside], pairs.shift[inside], pairs.vector[inside])
         return held, rows[inside]
 
-    def fit(self, states: Sequence[int] | None = None) -> Fit:
-        """Fit one model to the Hessians of some states, all by default, by least squares; every state counts alike."""
+    def fit(self, states: Sequence[int] | None = None, biquadratic: Array | None = None) -> Fit:
+        """Fit one bilinear model to the Hessians of some states by least squares; every state counts alike.
+
+        Parameters
+        ----------
+        states : by number; all by default.
+        biquadratic : B of ``-Σ B (e_i·e_j)²`` beside it in eV, shape (P,); none by default.
+        """
         chosen = list(range(len(self.measured)) if states is None else states)
         count = len(self.pairs.first)
+        strengths = np.zeros(count) if biquadratic is None else biquadratic
         normal, right = np.zeros((count, 9, 9)), np.zeros((count, 9))
         parts = []
         for state in chosen:
             measured, rows = self.measured[state], self.rows[state]
             inside = rows >= 0
-            rows, design, target = rows[inside], measured.design[inside], measured.target[inside]
+            rows, design = rows[inside], measured.design[inside]
+            target = measured.target[inside] - strengths[rows][:, None] * measured.biquadratic[inside]
             parts.append((rows, design, target))
             weight = 1 / np.bincount(rows, minlength=count)[rows]
             np.add.at(normal, rows, weight[:, None, None] * np.einsum("pkn,pkm->pnm", design, design))
@@ -422,14 +436,15 @@ class Joined:
         ]
         symmetric = symmetrised(tensor, self.pairs, self.crystal.operations)
         removed = float(np.abs(symmetric - tensor).max(initial=0.0))
-        onsite, offset = self._onsite(symmetric, chosen)
+        onsite, offset = self._onsite(symmetric, strengths, chosen)
         onsite = symmetrised_sites(onsite, self.crystal.operations)
         return Fit(symmetric, onsite, offset, np.array(misfit), removed)
 
-    def _onsite(self, tensor: Array, states: list[int]) -> tuple[Array, list[Array]]:
+    def _onsite(self, tensor: Array, strengths: Array, states: list[int]) -> tuple[Array, list[Array]]:
         """Solve the own blocks for A_i, traceless, and for what no bilinear model explains in each state, eV.
 
-        On the sphere the own block is ``-½ (|m|² t·H·t' + |m| B·e δ) = t·A·t' - (e·A·e + Σ_j e_i·J_ij·e_j) δ``.
+        On the sphere the own block is ``-½ (|m|² t·H·t' + |m| B·e δ) = t·A·t' - (e·A·e + Σ_j e_i·J_ij·e_j) δ``, and
+        -Σ B (e_i·e_j)² adds ``2 Σ_j B (t·e_j e_j·t' - (e_i·e_j)² δ)``.
         """
         count = len(self.crystal.sites)
         onsite, offset = np.zeros((count, 3, 3)), [np.zeros(count) for _ in states]
@@ -440,7 +455,11 @@ class Joined:
                 for own, home in itertools.product(self.measured[state].own, np.flatnonzero(self.sites[state] == site)):
                     e, across, mine = own.units[home], own.frames[home], pairs.first == home
                     molecular = np.einsum("x,pxy,py->", e, tensor[which[mine]], own.units[pairs.second[mine]])
-                    values.append((own.block[home] + (molecular - 0.5 * own.inward[home]) * np.eye(2)).ravel())
+                    near, strength = own.units[pairs.second[mine]], strengths[which[mine]]
+                    quadratic = np.einsum("p,pa,pb->ab", strength, near @ across.T, near @ across.T)
+                    quadratic -= (strength @ (near @ e) ** 2) * np.eye(2)
+                    block = own.block[home] + (molecular - 0.5 * own.inward[home]) * np.eye(2) - 2 * quadratic
+                    values.append(block.ravel())
                     columns = [across @ b @ across.T - (e @ b @ e) * np.eye(2) for b in TRACELESS]
                     rows.append(np.array([c.ravel() for c in columns]).T)
                     state_of.append(k)

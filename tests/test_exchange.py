@@ -367,18 +367,53 @@ def test_triangular_reference():
     assert "stiffness" not in data
 
 
-def test_no_biquadratic_term_beside_a_canted_reference():
-    """At 120° the Hessian mixes J and B: (e·e)² has curvature there, so B is not fitted, and the table says why."""
+def test_bilinear_and_biquadratic_exchange_of_a_canted_reference():
+    """At 120° every Hessian mixes J and B, since (e·e)² has curvature there; the joint fit gives back both."""
     cell = 2.6 * np.array([[1.5, np.sqrt(3) / 2, 0], [0, np.sqrt(3), 0], [0, 0, 3.0]])
     atoms = Atoms("Fe3", cell=cell, scaled_positions=[[0, 0, 0], [1 / 3, 1 / 3, 0], [2 / 3, 2 / 3, 0]], pbc=True)
     angles = 2 * np.pi / 3 * np.arange(3)
     moments = M * np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
-    toy = CapableToy(Heisenberg(-J, 2.7), Biquadratic(2e-4, 2.7), soc=False)
+    b = 2e-4
+    toy = CapableToy(Heisenberg(-J, 2.7), Biquadratic(b, 2.7), soc=False)
     data = Exchange(points=5, mesh=4, radius=3.0, states=20).run(with_moments(atoms, moments), toy)
-    assert "biquadratic" not in data
     assert float(data["direction_residual"]) > 0.05
+    assert float(data["model_error"].max()) > 0.1
+    np.testing.assert_allclose(data["biquadratic"], [1e3 * b], rtol=1e-6)
+    np.testing.assert_allclose(data["bilinear"], [-1e3 * J * M**2], rtol=1e-6)
+    np.testing.assert_allclose(data["model_error_biquadratic"], 0, atol=1e-6)
+    assert float(data["direction_residual_biquadratic"]) < 1e-6
     rows = {r.label: r.value for r in Exchange().summary(data)}
-    assert rows["biquadratic exchange"].startswith("not fitted")
+    assert rows["B Fe-Fe, 2.600 Å"] == pytest.approx(0.2, rel=1e-6)
+    assert rows["J beside B Fe-Fe, 2.600 Å"] == pytest.approx(-1e3 * J * M**2, rel=1e-6)
+
+
+def test_biquadratic_exchange_beside_anisotropy():
+    """Next to two-ion and single-ion anisotropy, from a canted reference: own blocks hold a part of B as well."""
+    b = 3e-4
+    terms = (Heisenberg(2e-3, 2.7), PseudoDipolar(3e-4, 2.7, 1.0), DMI(4e-4, 2.7), Uniaxial(2e-4, numbers=(26,)))
+    canted = [[0.3, -0.4, 2.04], [1.2, 0.7, -0.16]]
+    canted *= (np.array([2.1, 1.4]) / np.linalg.norm(canted, axis=1))[:, None]
+    options = {"points": 5, "mesh": 4, "states": 40, "biquadratic": 7}
+    data = Exchange(**options).run(with_moments(chiral(), canted), CapableToy(*terms, Biquadratic(b, 2.7)))
+    inside = data["shell_distance"].values[:7] < 2.7
+    assert 3 < inside.sum() < 7
+    np.testing.assert_allclose(data["biquadratic"], np.where(inside, 1e3 * b, 0), atol=1e-6)
+    np.testing.assert_allclose(data["model_error_biquadratic"], 0, atol=1e-6)
+    bare = quick().run(with_moments(chiral(), canted), CapableToy(*terms))
+    np.testing.assert_allclose(data["bilinear"], bare["shell_J"].values[:7], atol=1e-6)
+
+
+def test_bilinear_and_biquadratic_exchange_of_several_references():
+    """Ferromagnet, antiferromagnet and a canted state together give back J and B, and miss nothing."""
+    b = 3e-4
+    toy = CapableToy(Heisenberg(J, 2.9), Biquadratic(b, 2.6), soc=False)
+    atoms = ferromagnet(bulk("Fe", cubic=True, a=2.8))
+    data = Exchange(points=5, mesh=4, states=30, references=("fm", "afm")).run(atoms, toy)
+    np.testing.assert_allclose(data["bilinear"], [1e3 * J * M**2] * 2, rtol=1e-6)
+    np.testing.assert_allclose(data["biquadratic"], [1e3 * b, 0], atol=1e-6)
+    assert float(data["direction_residual"]) == pytest.approx(1e3 * 2 * b, rel=1e-6)
+    assert float(data["direction_residual_biquadratic"]) < 1e-6
+    np.testing.assert_allclose(data["model_error_biquadratic"], 0, atol=1e-6)
 
 
 def test_single_ion_tensor():
@@ -450,6 +485,7 @@ def test_where_the_heisenberg_picture_ends():
     for data, sign in ((fm, 1), (Exchange(points=5, mesh=8).run(with_moments(atoms, [M, -M]), toy), -1)):
         # -J e·e - B (e·e)² is -(J + 2Bσ) e·e - B (e·e - σ)² and a number
         np.testing.assert_allclose(data["biquadratic"], [1e3 * b, 0], atol=1e-6)
+        np.testing.assert_allclose(data["bilinear"], [1e3 * J * M**2, 0], atol=1e-6)
         np.testing.assert_allclose(data["model_error_biquadratic"], 0, atol=1e-6)
         assert float(data["shell_J"][0]) == pytest.approx(1e3 * (J * M**2 + 2 * sign * b), rel=1e-6)
     assert any(r.label == "B Fe-Fe, 2.425 Å" and r.value == pytest.approx(0.3) for r in Exchange().summary(fm))
