@@ -16,9 +16,10 @@ from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import BOLTZMANN, GPA, HBAR, MJ_PER_M3, VOIGT
 from .errors import ConvergenceError, OptionError
 from .journal import Part
-from .magnetoelastic import CUBIC, DEGREE, cubic_constants, magnetoelastic, projected, voigt_rotation
+from .magnetoelastic import CUBIC, DEGREE, cubic_constants, magnetoelastic, projected
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
 from .relax import Freedom, magnetic_residual, relax_structure
+from .stiffness import birch, from_six, lagrangian, to_six, to_tensor, to_voigt, voigt_rotation
 from .symmetry import Pattern, PatternSymmetry, SiteSymmetry, lattice_frame, pattern_symmetry, site_symmetry
 
 if TYPE_CHECKING:
@@ -208,57 +209,6 @@ def _moment_basis(moments: Array, mode: MomentMode, free: bool) -> Array:
     return null_space(rotations, rcond=1e-6)
 
 
-def to_tensor(matrix: Array) -> Array:
-    """Return a stiffness in Voigt form (6, 6) as a tensor, shape (3, 3, 3, 3)."""
-    tensor = np.zeros((3, 3, 3, 3))
-    for v, (i, j) in enumerate(VOIGT):
-        for w, (k, m) in enumerate(VOIGT):
-            tensor[i, j, k, m] = tensor[j, i, k, m] = tensor[i, j, m, k] = tensor[j, i, m, k] = matrix[v, w]
-    return tensor
-
-
-def to_voigt(tensor: Array) -> Array:
-    """Return a stiffness tensor in Voigt form, shape (6, 6)."""
-    return np.array([[tensor[i, j, k, m] for k, m in VOIGT] for i, j in VOIGT])
-
-
-def _mixed(stress: Array) -> Array:
-    """Return ``σ_ik δ_jl + σ_il δ_jk + σ_jk δ_il + σ_jl δ_ik``, shape (3, 3, 3, 3)."""
-    one = np.eye(3)
-    terms = ("ik,jl->ijkl", "il,jk->ijkl", "jk,il->ijkl", "jl,ik->ijkl")
-    return np.sum([np.einsum(term, stress, one) for term in terms], axis=0)
-
-
-def lagrangian(second: Array, stress: Array) -> Array:
-    """Turn second derivatives by ε of the cell 1 + ε into those by the Lagrangian strain η = ε + ½ε².
-
-    Parameters
-    ----------
-    second : ``(1/V) ∂²E/∂ε∂ε``, Voigt, shape (6, 6).
-    stress : of the state, shape (3, 3), in the same unit.
-
-    Returns
-    -------
-    ``C_ijkl = (1/V) ∂²E/∂η_ij∂η_kl``, Voigt, shape (6, 6), with the symmetry of an energy at any stress.
-    """
-    return second - to_voigt(_mixed(stress)) / 4
-
-
-def birch(constants: Array, stress: Array) -> Array:
-    """Turn Lagrangian constants into stress-strain coefficients, dσ_ij = B_ijkl dε_kl.
-
-    ``B_ijkl = C_ijkl + ½(σ_ik δ_jl + σ_il δ_jk + σ_jk δ_il + σ_jl δ_ik) - σ_ij δ_kl`` (D. C. Wallace, Phys. Rev. 162,
-    776 (1967)); under a pressure P, where σ = -P, B11 = C11 - P, B12 = C12 + P, B44 = C44 - P.
-
-    Parameters
-    ----------
-    constants : Lagrangian, Voigt, shape (6, 6).
-    stress : of the state, shape (3, 3), in the same unit.
-    """
-    flat = np.array([stress[i, j] for i, j in VOIGT])
-    return constants + to_voigt(_mixed(stress)) / 2 - np.outer(flat, [1.0, 1, 1, 0, 0, 0])
-
-
 def christoffel(constants: Array, stress: Array, directions: Array, density: float) -> Array:
     """Return the sound velocities along directions.
 
@@ -346,7 +296,7 @@ class Elastic(Property):
         mode = self.mode(calculator)
         atoms = self._stationary(atoms, calculator, mode, progress)
         moments, volume, n = moments_of(atoms), atoms.get_volume(), len(atoms)
-        forces, stress = calculator.forces(atoms, moments), _tensor(calculator.stress(atoms, moments))
+        forces, stress = calculator.forces(atoms, moments), from_six(calculator.stress(atoms, moments))
         soc = not _turns_freely(atoms, calculator)
         group = site_symmetry(atoms, moments, soc, self.options.symprec, self.options.mag_symprec)
         system, frame = lattice_frame(atoms, group.rotations, self.options.symprec)
@@ -549,13 +499,6 @@ def _levels(mode: MomentMode) -> dict[str, tuple[MomentMode, bool]]:
     return found if mode == "fixed" else {**found, "relaxed": (mode, True)}
 
 
-def _tensor(voigt: Array) -> Array:
-    tensor = np.zeros((3, 3))
-    for value, (i, j) in zip(voigt, VOIGT, strict=True):
-        tensor[i, j] = tensor[j, i] = value
-    return tensor
-
-
 def _symmetric(stiffness: Array, group: SiteSymmetry) -> Array:
     return to_voigt(group.tensor(to_tensor(stiffness)))
 
@@ -583,7 +526,7 @@ def _strained_stress(atoms: Atoms, calculator: SpinCalculator, gradient: Array, 
             state = relax_structure(image, calculator, mode, freedom).atoms
         else:
             state = with_moments(image, calculator.relax_moments([image], mode)[0])
-        return {"stress": _tensor(calculator.stress(state, moments_of(state)))}
+        return {"stress": from_six(calculator.stress(state, moments_of(state)))}
 
     return calculator.part("strained stress", {"atoms": image, "mode": mode, "ions": ions}, compute)["stress"]
 
@@ -640,11 +583,6 @@ def _variables(
 
 def _root(square: float) -> float:
     return float(np.sqrt(square)) if square > 0 else float("nan")
-
-
-def to_six(tensor: Array) -> Array:
-    """Return a symmetric tensor in Voigt order, shape (6,)."""
-    return np.array([tensor[i, j] for i, j in VOIGT])
 
 
 def _directions(frame: Array) -> Array:

@@ -11,6 +11,7 @@ from scipy.integrate import lebedev_rule
 from .base import variable
 from .conventions import GPA, MJ_PER_M3, VOIGT
 from .protocol import STENCIL, SpinCalculator, pulled_back, strained, voigt_strain
+from .stiffness import birch, from_six, lagrangian, voigt_rotation
 from .symmetry import PatternSymmetry
 
 Array = NDArray[np.float64]
@@ -40,7 +41,8 @@ def magnetoelastic(
     With ε in Voigt order (engineering shear) along the lattice axes x', y', z', the energy density is
     ``f = ½ Σ C_vw ε_v ε_w + Σ_v ε_v n·T_v·n`` with traceless T_v. In a cubic lattice T has two numbers:
     ``f = B1 Σ ε_a n_a² + B2 (ε_4 n_y n_z + ε_5 n_x n_z + ε_6 n_x n_y)``, and
-    ``λ100 = -2/3 B1/(C11 - C12)``, ``λ111 = -1/3 B2/C44`` (Kittel, Rev. Mod. Phys. 21, 541 (1949)).
+    ``λ100 = -2/3 B1/(C11 - C12)``, ``λ111 = -1/3 B2/C44`` (Kittel, Rev. Mod. Phys. 21, 541 (1949)). T is a change of
+    Cauchy's stress, so C are the stress-strain coefficients: the strain is that under a constant load.
 
     Parameters
     ----------
@@ -74,7 +76,9 @@ def magnetoelastic(
             stiffness[v] += weight / step * (to_voigt @ gradient) / volume
             done += 1
             tell(done, 6 * len(STENCIL))
-    stiffness = (stiffness + stiffness.T) / 2
+    # The mean over directions, since the stress of one of them is what T adds.
+    stress = from_six(np.average(slopes, axis=1, weights=weights))
+    stiffness = birch(lagrangian((stiffness + stiffness.T) / 2, stress), stress)
     moment = np.einsum("b,vb,bx,by->vxy", weights, slopes, local, local) / weights.sum()
     tensors = 7.5 * (moment - np.trace(moment, axis1=1, axis2=2)[:, None, None] * np.eye(3) / 3)
     striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1)
@@ -92,7 +96,7 @@ def magnetoelastic(
             ("strain", "strain_2"),
             stiffness * GPA,
             "GPa",
-            "elastic constants, ions moving with the cell, lattice's axes",
+            "stress-strain coefficients, ions moving with the cell, lattice's axes",
         ),
         "strain_2": variable(
             "strain_2", np.array(["1", "2", "3", "4", "5", "6"]), "1", "Voigt strain along x', y', z'"
@@ -148,14 +152,3 @@ def projected(directions: Array, weights: Array, slopes: Array) -> Array:
     """
     mean = np.einsum("b,vba,bc->vac", weights, slopes, directions) / weights.sum()
     return 1.25 * (mean + mean.transpose(0, 2, 1))
-
-
-def voigt_rotation(frame: Array) -> Array:
-    """Return the matrix that takes stress-like Voigt components to the axes of the frame, shape (6, 6)."""
-    matrix = np.zeros((6, 6))
-    for w, (i, j) in enumerate(VOIGT):
-        tensor = np.zeros((3, 3))
-        tensor[i, j] = tensor[j, i] = 1.0
-        turned = frame @ tensor @ frame.T
-        matrix[:, w] = [turned[a, b] for a, b in VOIGT]
-    return matrix

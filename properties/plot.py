@@ -371,8 +371,8 @@ def plot_coupled(dataset: xr.Dataset) -> Figure:
 
 def plot_elastic(dataset: xr.Dataset) -> Figure:
     """Draw the constants of each level with those from finite strain, and Young's modulus in the lattice's planes."""
-    from .elastic import INDEPENDENT, to_tensor
-    from .magnetoelastic import voigt_rotation
+    from .elastic import INDEPENDENT
+    from .stiffness import to_tensor, voigt_rotation
 
     figure = new_figure(10.0, 4.2)
     left: Any = figure.add_subplot(1, 2, 1)

@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from . import errors
 from .conventions import VOIGT
 from .journal import Journal, Part
+from .stiffness import from_six, to_six
 
 Array = NDArray[np.float64]
 MomentMode = Literal["fixed", "magnitudes", "full"]
@@ -672,8 +673,5 @@ def _at_positions(atoms: Atoms, positions: Array) -> Atoms:
 
 def pulled_back(gradient: Array, strain: Array) -> Array:
     """Turn dE/dη on top of a strain ε into dE/dε, both engineering Voigt, shape (6,)."""
-    tensor = np.zeros((3, 3))
-    for v, (i, j) in enumerate(VOIGT):
-        tensor[i, j] = tensor[j, i] = gradient[v]
-    pulled = tensor @ np.linalg.inv(np.eye(3) + strain)
-    return np.array([(pulled[i, j] + pulled[j, i]) / 2 for i, j in VOIGT])
+    pulled = from_six(gradient) @ np.linalg.inv(np.eye(3) + strain)
+    return to_six(pulled + pulled.T) / 2

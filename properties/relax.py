@@ -17,12 +17,13 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from numpy.typing import NDArray
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
-from .conventions import GPA, VOIGT
+from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
 from .orders import CollinearOrder, collinear_orders
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
 from .provenance import magnetic_space_group
+from .stiffness import from_six, to_six
 from .structures import check_structure, closest_pair
 from .symmetry import SiteSymmetry, site_symmetry
 
@@ -128,7 +129,7 @@ class _Follower(Calculator):
         self.raw_forces, self.raw_stress, self.broken = forces, stress, 0.0
         if self.group is not None:
             forces = self.group.vectors(forces)
-            stress = _to_voigt(self.group.tensor(_to_tensor(stress)))
+            stress = to_six(self.group.tensor(from_six(stress)))
             self.broken = float(np.abs(forces - self.raw_forces).max())
         if not self.ions:
             forces = np.zeros_like(forces)
@@ -276,17 +277,6 @@ def magnetic_residual(atoms: Atoms, calculator: SpinCalculator, mode: MomentMode
     carrying = lengths > ZERO_MOMENT
     along = np.einsum("ix,ix->i", slope[carrying], moments[carrying]) / lengths[carrying]
     return float(np.abs(along).max(initial=0.0))
-
-
-def _to_tensor(voigt: Array) -> Array:
-    tensor = np.zeros((3, 3))
-    for value, (i, j) in zip(voigt, VOIGT, strict=True):
-        tensor[i, j] = tensor[j, i] = value
-    return tensor
-
-
-def _to_voigt(tensor: Array) -> Array:
-    return np.array([tensor[i, j] for i, j in VOIGT])
 
 
 @dataclass(frozen=True)

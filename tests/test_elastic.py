@@ -11,19 +11,10 @@ from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.conventions import GPA, MJ_PER_M3
-from mmace_props.elastic import (
-    Elastic,
-    Expansion,
-    averages,
-    birch,
-    christoffel,
-    debye_temperature,
-    lagrangian,
-    to_tensor,
-    to_voigt,
-)
+from mmace_props.elastic import Elastic, Expansion, averages, christoffel, debye_temperature
 from mmace_props.errors import ConvergenceError, OptionError
 from mmace_props.protocol import STENCIL, SpinCalculator, strained, voigt_strain, with_moments
+from mmace_props.stiffness import birch, lagrangian, to_tensor, to_voigt
 from mmace_props.structures import read_structure
 from pymatgen.core import Lattice, Structure
 from pymatgen.core.elasticity import ElasticTensor

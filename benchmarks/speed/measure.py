@@ -23,9 +23,10 @@ from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import silent
 from mmace_props.conventions import GPA
-from mmace_props.elastic import Elastic, expand, lagrangian
+from mmace_props.elastic import Elastic, expand
 from mmace_props.lattice import Lattice, Method, Response, solve, unit_index
 from mmace_props.protocol import MomentMode, SpinCalculator, with_moments
+from mmace_props.stiffness import from_six, lagrangian
 from mmace_props.symmetry import site_symmetry
 from scipy.integrate import lebedev_rule
 from scipy.spatial.transform import Rotation
@@ -154,8 +155,7 @@ def elastic_constants(model: str) -> Case:
     moments = calculator.relax_moments([start], "magnitudes")[0]
     state = with_moments(start, moments)
     group = site_symmetry(state, moments, False, 1e-3, 1e-2)
-    xx, yy, zz, yz, xz, xy = calculator.stress(state, moments)
-    stress = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    stress = from_six(calculator.stress(state, moments))
 
     def derivatives() -> np.ndarray:
         second = expand(state, calculator, "magnitudes", ions=True).followed()[0]
