@@ -17,7 +17,7 @@ from .errors import MomentError, OptionError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of
 from .references import Crystal, Fit, Joined, Reference, measure, named_states, orbits, relaxed_reference
 from .spiral import canonical, frozen_stiffness
-from .supercell import Pairs, Supercell, grown
+from .supercell import Pairs, Supercell, grown, row_of_coverage
 from .symmetry import band_path, shortest_rotation
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Exchange(Property):
         shells = shells_of(model, classes[joined.pairs_of(0)[1]], kinds[joined.sites[0]])
         along, lengths, units = reference.along, np.abs(reference.along[sites]), reference.units
         cosines = np.einsum("px,px->p", units[pairs.first], units[pairs.second])
+        coverages = [m.coverage for m in joined.measured]
         milli = 1e3
         isotropic = np.trace(tensor, axis1=1, axis2=2) / 3
         dmi = 0.5 * np.einsum("cab,pab->pc", LEVI_CIVITA, tensor)
@@ -219,6 +220,18 @@ class Exchange(Property):
                 "meV",
                 "largest |J| at pairs beyond the unique images of the supercell",
             ),
+            "folded": variable(
+                (),
+                max(c.folded for c in coverages) * milli,
+                "meV",
+                "Σ_j |J_ij| of one site beyond the unique images of the supercell, the largest",
+            ),
+            "folded_pairs": variable(
+                (),
+                max(c.pairs for c in coverages),
+                "1",
+                "pairs of a site beyond the unique images and within reach, NaN where the reach is not stated",
+            ),
             "symmetry_removed": variable((), fit.removed * milli, "meV", "largest part that symmetrisation removed"),
             "direction_residual": variable(
                 (),
@@ -266,6 +279,7 @@ class Exchange(Property):
             "supercell": list(box.repeats),
             "supercell_atoms": len(box.atoms),
             "unique_radius": joined.radius,
+            **min(coverages, key=lambda c: c.beyond is True).attributes,
             "reference_axes": len(joined.measured[0].own),
             "collinear": "yes" if reference.collinear else "no",
             "favoured": "yes" if favoured else "no",
@@ -522,6 +536,7 @@ class Exchange(Property):
         rows = [
             Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
             Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
+            Row(*row_of_coverage(dataset.attrs, float(dataset["folded_pairs"]))),
         ]
         for k, (site, element) in enumerate(zip(dataset["site"].values, dataset["element"].values, strict=True)):
             spread = None if "moments_std" not in dataset else float(dataset["moments_std"][k])
@@ -550,6 +565,7 @@ class Exchange(Property):
             ("stiffness", "stiffness, frozen spirals"),
             ("stiffness_sum", f"stiffness, J truncated at {dataset.attrs['unique_radius']:.1f} Å"),
             ("left_out", "|J| beyond the supercell"),
+            ("folded", "Σ |J| of a site beyond the supercell"),
             ("symmetry_removed", "removed by symmetry"),
             ("direction_residual", "not common to all axes"),
             ("direction_residual_biquadratic", "not common to all axes, with B"),

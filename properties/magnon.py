@@ -15,7 +15,7 @@ from .conventions import G_FACTOR
 from .errors import MomentError, OptionError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .spiral import SMALL_WAVES, from_six, frozen_magnons, frozen_stiffness, leading, primitive_cell, six_directions
-from .supercell import Supercell, grown, knows_rows, tilts, transverse
+from .supercell import Coverage, Supercell, grown, knows_rows, row_of_coverage, tilts, transverse
 from .symmetry import Pattern, band_path
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class SpinWaves:
         rough = ROUGHEST if calculator.differs_twice else ROUGH
         self.zero = ROUNDING if knows_rows(calculator) else rough
         blocks, inward = tilts(box, calculator, moments)
+        self.coverage = Coverage.of(box, calculator, -0.5 * blocks.transpose(0, 2, 1, 3))
         n, images = len(box.sites), box.images()
         shifts, rows = np.unique(images.shift, axis=0, return_inverse=True)
         self.shifts: NDArray[np.int64] = shifts
@@ -250,6 +251,18 @@ class Magnon(Property):
                 "where that is, reciprocal lattice of the primitive cell",
             ),
             "moments": variable(("site", "xyz"), moments[sites], "µB", "moment of the reference"),
+            "folded": variable(
+                (),
+                waves.coverage.folded * milli,
+                "meV",
+                "Σ_j |J_ij| of one site beyond the unique images of the supercell, the largest",
+            ),
+            "folded_pairs": variable(
+                (),
+                waves.coverage.pairs,
+                "1",
+                "pairs of a site beyond the unique images and within reach, NaN where the reach is not stated",
+            ),
             "torque": variable((), residual, "eV", "largest torque on a moment of the reference as relaxed or given"),
             **_long_waves(waves, moments),
         }
@@ -272,6 +285,7 @@ class Magnon(Property):
             "supercell": list(box.repeats),
             "supercell_atoms": len(box.atoms),
             "unique_radius": box.radius,
+            **waves.coverage.attributes,
             "path_labels": [list(x) for x in labels],
             "hessian": "rows of the calculator" if knows_rows(calculator) else f"differences of {differences}",
         }
@@ -344,6 +358,7 @@ class Magnon(Property):
         rows = [
             Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
             Row("pairs within", float(dataset.attrs["unique_radius"]), "Å"),
+            Row(*row_of_coverage(dataset.attrs, float(dataset["folded_pairs"]))),
         ]
         for k, (site, element) in enumerate(zip(dataset["site"].values, dataset["element"].values, strict=True)):
             place = "  ".join(f"{x:.3f}" for x in dataset["moments"].values[k])

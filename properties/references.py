@@ -17,7 +17,7 @@ from .errors import MomentError, OptionError, StructureError, did_you_mean
 from .protocol import MomentMode, SpinCalculator, moments_of, with_moments
 from .spiral import primitive_cell
 from .structures import antiferromagnetic_signs, check_structure, read_structure
-from .supercell import SAME_DISTANCE, Pairs, Supercell, tilts, transverse
+from .supercell import SAME_DISTANCE, Coverage, Pairs, Supercell, tilts, transverse
 from .symmetry import Pattern, pattern_symmetry, shortest_rotation
 
 Array = NDArray[np.float64]
@@ -209,6 +209,7 @@ class Measured:
     biquadratic : target per B of the pair in ``-Σ B (e_i·e_j)²``, shape (P, 4K).
     own : one per orientation.
     left : largest |J| at other images, eV.
+    coverage : the supercell against the calculator's reach.
     """
 
     reference: Reference
@@ -219,6 +220,7 @@ class Measured:
     biquadratic: Array
     own: list[OwnBlock]
     left: float
+    coverage: Coverage
 
 
 def measure(
@@ -243,6 +245,7 @@ def measure(
     pairs, kept, others = box.pairs()
     total, own = len(box.magnetic), np.arange(len(sites))
     left = 0.0
+    coverages = []
     designs, targets, quadratics, blocks_of_own = [], [], [], []
     for k, turn in enumerate(turns):
         progress(stage, k, len(turns))
@@ -252,6 +255,7 @@ def measure(
         tensors = -0.5 * blocks.transpose(0, 2, 1, 3)
         flat = tensors.reshape(-1, 2, 2)
         targets.append(flat[pairs.first * total + kept].reshape(-1, 4))
+        coverages.append(Coverage.of(box, calculator, tensors))
         if len(others):
             left = max(left, float(np.abs(flat[others]).max()))
         here, there, units = frames[pairs.first], frames[pairs.second], reference.units @ turn.T
@@ -263,7 +267,8 @@ def measure(
         blocks_of_own.append(OwnBlock(units, frames, tensors[own, own], inward))
     progress(stage, len(turns), len(turns))
     design, target, quadratic = (np.concatenate(x, axis=1) for x in (designs, targets, quadratics))
-    return Measured(reference, box, pairs, design, target, quadratic, blocks_of_own, left)
+    coverage = max(coverages, key=lambda c: c.folded)
+    return Measured(reference, box, pairs, design, target, quadratic, blocks_of_own, left, coverage)
 
 
 @dataclass(frozen=True)

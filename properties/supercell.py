@@ -2,7 +2,9 @@
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -141,6 +143,80 @@ class Images:
     weight: Array
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What a supercell holds of the couplings that a calculator has.
+
+    A coupling farther than half the supercell is folded onto a nearer image. Those of pairs within the sphere of unique
+    images, radius R, at a distance r hold couplings beyond 2R - r alone.
+
+    Parameters
+    ----------
+    reach : distance up to which the calculator couples two atoms, Å; None where it does not say.
+    beyond : whether the supercell is larger than twice that in every direction; None where that is not known.
+    pairs : pairs of a magnetic site, mean over sites, within reach and beyond the unique images; NaN where not known.
+    folded : Σ |J| of one site at images that are not unique, eV, the largest over sites.
+    """
+
+    reach: float | None
+    beyond: bool | None
+    pairs: float
+    folded: float
+
+    @classmethod
+    def of(cls, box: Supercell, calculator: SpinCalculator, tensors: Array) -> "Coverage":
+        """Compare a supercell with the reach that a calculator states.
+
+        Parameters
+        ----------
+        box : the supercell.
+        calculator : a single model.
+        tensors : what couples the home sites to the magnetic sites of the supercell, eV, shape (n, M, 2, 2).
+        """
+        sizes = np.linalg.norm(tensors, ord=2, axis=(2, 3)).ravel()
+        others = box.pairs()[2]
+        sums = np.bincount(others // len(box.magnetic), sizes[others], minlength=len(box.sites))
+        reach = reach_of(calculator)
+        if reach is None:
+            return cls(None, None, np.nan, float(sums.max()))
+        beyond = box.radius > reach
+        return cls(reach, beyond, 0.0 if beyond else _pairs_between(box, box.radius, reach), float(sums.max()))
+
+    @property
+    def attributes(self) -> dict[str, str | float]:
+        """What a dataset's attributes say about it."""
+        answer = {None: "not known", True: "yes", False: "no"}[self.beyond]
+        reach = "not stated by the calculator" if self.reach is None else self.reach
+        return {"reach": reach, "supercell_beyond_twice_the_reach": answer}
+
+
+def reach_of(calculator: SpinCalculator) -> float | None:
+    """Return the distance in Å up to which a calculator says that it couples two atoms; None where it does not say."""
+    value = getattr(calculator.calculator, "reach", None)
+    return None if value is None else float(value)
+
+
+def _pairs_between(box: Supercell, low: float, high: float) -> float:
+    """Return the mean number of magnetic neighbours of a site between two distances in Å, the first left to it."""
+    cell, home = box.cell.cell[:], box.cell.positions[box.sites]
+    counts = np.ceil(high * np.linalg.norm(np.linalg.inv(cell), axis=0)).astype(int) + 1
+    steps = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in counts], indexing="ij"), axis=-1).reshape(-1, 3) @ cell
+    found = 0
+    for here, there in itertools.product(home, repeat=2):
+        apart = np.linalg.norm(steps + there - here, axis=1)
+        found += int(((apart >= low - SAME_DISTANCE) & (apart <= high)).sum())
+    return found / len(home)
+
+
+def row_of_coverage(attributes: Mapping[str, Any], pairs: float) -> tuple[str, str]:
+    """Return label and text of the row that says whether a supercell is larger than twice the reach."""
+    answer = str(attributes["supercell_beyond_twice_the_reach"])
+    label = "larger than twice the reach"
+    if answer != "no":
+        return label, f"{answer}: the calculator states none" if answer == "not known" else answer
+    return label, f"no, of {float(attributes['reach']):.3g} Å: {pairs:.0f} pairs of a site are folded"
+
+
 def transverse(axis: Array) -> Array:
     """Return two unit vectors x, y across an axis with x × y along it, rows, shape (2, 3)."""
     x, y = np.linalg.svd(axis[None])[2][1:]
@@ -219,10 +295,10 @@ def grown(
     max_atoms: int,
     progress: Progress,
 ) -> tuple[int, int, int]:
-    """Return the repeats of a supercell that leaves nothing beyond its unique images.
+    """Return the repeats of a supercell beyond whose unique images little is left, or that exceeds twice the reach.
 
     A pair farther than half the supercell is folded back into it. The sphere of unique images fills at most half of
-    the cell, so the neighbours of a far shell, folded back, do not all hide inside it.
+    the cell, so the neighbours of a far shell, folded back, do not all hide inside it. `Coverage` says which it is.
 
     Parameters
     ----------
@@ -237,7 +313,7 @@ def grown(
     ------
     ConvergenceError : the supercell would exceed `max_atoms`.
     """
-    reach = getattr(calculator.calculator, "reach", None)
+    reach = reach_of(calculator)
     done = 0
     repeats: tuple[int, int, int] | None = None
     left, place = np.inf, 0.0
@@ -259,7 +335,7 @@ def grown(
             left, place = _left(box, calculator, moments), box.radius
             done += 1
             progress("grow supercell", done, done)
-        if left <= tolerance or (reach is not None and box.radius > float(reach)):
+        if left <= tolerance or (reach is not None and box.radius > reach):
             return repeats
         radius *= GROWTH
 

@@ -16,6 +16,9 @@ from mmace_props.spiral import SpinSpiral
 from mmace_props.supercell import Pairs, Supercell
 from scipy.spatial.transform import Rotation
 
+from mmace.calculator import MMACECalculator
+
+from .potentials import random_model
 from .test_suite_protocol import EnergyToy
 from .toys import (
     DMI,
@@ -541,6 +544,79 @@ def test_the_supercell_grows_until_nothing_is_left():
     np.testing.assert_allclose(long["J"].values, np.where(inside, 1e3 * expected, 0), rtol=1e-8, atol=1e-9)
     with pytest.raises(ConvergenceError, match=r"of the largest is left at 4\.\d Å; raise max_atoms"):
         quick(radius=3.0, max_atoms=100).run(atoms, CapableToy(Heisenberg(J, 5.7, 0.5), soc=False))
+
+
+class Stating(CapableToy):
+    """A toy that states how far it couples two atoms."""
+
+    reach = 5.7
+
+
+def test_a_supercell_says_whether_it_exceeds_twice_the_reach():
+    """Beyond twice the reach nothing is folded; below it, how many pairs and how much of Σ |J| are."""
+    atoms = ferromagnet(bulk("Fe", a=2.8))
+    terms = (Heisenberg(J, 5.7, 0.5),)
+    steps = np.stack(np.meshgrid(*[np.arange(-6, 7)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    r = np.linalg.norm(steps @ atoms.cell[:], axis=1)
+    r = r[(r > 0) & (r < 5.7)]
+    total = 1e3 * J * M**2 * np.exp(-0.5 * (r - 2.5)).sum()
+
+    whole = quick(radius=3.0, tolerance=1e-10).run(atoms, Stating(*terms, soc=False))
+    assert whole.attrs["reach"] == 5.7
+    assert whole.attrs["supercell_beyond_twice_the_reach"] == "yes"
+    assert whole.attrs["unique_radius"] > 5.7
+    assert float(whole["folded_pairs"]) == 0
+    assert float(whole["folded"]) < 1e-9
+    assert ("larger than twice the reach", "yes") in [(row.label, row.value) for row in Exchange().summary(whole)]
+
+    part = quick(radius=3.0, tolerance=1.0).run(atoms, Stating(*terms, soc=False))
+    radius = part.attrs["unique_radius"]
+    assert part.attrs["supercell_beyond_twice_the_reach"] == "no"
+    count = int((r > radius - 1e-3).sum())
+    assert count > 20
+    assert float(part["folded_pairs"]) == count
+    # folding moves couplings and loses none
+    assert float(part["folded"]) == pytest.approx(total - float(part["J"].sum()), rel=1e-9)
+    assert float(part["folded"]) > 0.2 * total
+    rows = {row.label: row.value for row in Exchange().summary(part)}
+    assert rows["larger than twice the reach"] == f"no, of 5.7 Å: {count} pairs of a site are folded"
+    # pairs at r hold couplings beyond 2R - r alone
+    near = quick(radius=4.2, tolerance=1.0).run(atoms, Stating(*terms, soc=False))
+    clean = near["distance"].values < 2 * near.attrs["unique_radius"] - 5.7
+    assert clean.sum() == 8 + 6 + 12
+    expected = 1e3 * J * M**2 * np.exp(-0.5 * (near["distance"].values - 2.5))
+    np.testing.assert_allclose(near["J"].values[clean], expected[clean], rtol=1e-9)
+    assert near.attrs["supercell_beyond_twice_the_reach"] == "no"
+
+    waves = Magnon(radius=3.0, tolerance=1.0, points=5, mesh=2).run(atoms, Stating(*terms, soc=False))
+    assert waves.attrs["supercell_beyond_twice_the_reach"] == "no"
+    assert float(waves["folded"]) == pytest.approx(float(part["folded"]), rel=1e-9)
+    assert ("larger than twice the reach", rows["larger than twice the reach"]) in [
+        (row.label, row.value) for row in Magnon().summary(waves)
+    ]
+
+    silent = quick(radius=3.0, tolerance=1.0).run(atoms, CapableToy(*terms, soc=False))
+    assert silent.attrs["reach"] == "not stated by the calculator"
+    assert silent.attrs["supercell_beyond_twice_the_reach"] == "not known"
+    assert np.isnan(float(silent["folded_pairs"]))
+
+
+def test_the_reach_of_the_potential_is_that_of_its_messages():
+    """Two atoms meet at a third that both send messages to, through every layer: twice the layers' cut-offs."""
+    calculator = MMACECalculator(random_model(), soc=False)
+    assert calculator.reach == pytest.approx(2 * 2 * calculator.cutoff)
+    count, spacing = 27, 1.3
+    chain = Atoms(f"Fe{count}", positions=[[0, 0, spacing * k] for k in range(count)], cell=[9, 9.5, count * spacing])
+    chain = with_moments(chain, [[0, 0, 1.0]] * count)
+    chain.pbc = True
+    row = calculator.hessian(chain, ("mm",), rows=[0])["mm"][0]
+    size = np.abs(row).max(axis=(0, 2))
+    distance = spacing * np.minimum(np.arange(count), count - np.arange(count))
+    assert distance.max() > calculator.reach
+    assert size[distance > calculator.reach].max() == 0
+    # atoms that no path of one layer's messages less could join
+    assert size[distance > calculator.reach - calculator.cutoff].max() > 0
+    assert size[distance > 2 * calculator.cutoff + 1].max() > 1e-11 * size.max()
 
 
 def test_an_unstable_reference_is_said_to_be_one():
