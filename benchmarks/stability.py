@@ -187,7 +187,8 @@ def main() -> None:
     if args.cells:
         result["random_cells"] = random_cells(args.system, calculator, args.cells)
     if args.picoseconds:
-        result["dynamics"] = dynamics(args.system, calculator.members[0], args.picoseconds, args.work / args.system)
+        folder = args.work / args.system / result["model"][:12]
+        result["dynamics"] = dynamics(args.system, calculator.members[0], args.picoseconds, folder)
     text = json.dumps(result, indent=1) + "\n"
     print(text)
     if args.output:

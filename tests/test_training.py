@@ -316,50 +316,57 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
 
 def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(teacher, labels):
     from mmace.training.batches import composition
-    from mmace.training.restraint import crystals_to_shake, floor_loss, shake
+    from mmace.training.restraint import crystals_to_shake, floor_loss, pushed_down, shake
 
     ground = ground_energies(labels["train"])
     crystals = crystals_to_shake(labels["train"], ground)
-    assert len(crystals) == sum(x.anisotropy_group is None for x in labels["train"])
+    quiet = [x for x in labels["train"] if x.anisotropy_group is None and not (np.abs(x.forces) > 0.5).any()]
+    assert len(crystals) == len(quiet) > 0
+    pushed = replace(quiet[0], forces=np.full((len(quiet[0]), 3), 0.6))
+    assert crystals_to_shake([pushed], ground) == []
     assert all(len(c.atoms) >= 4 for c in crystals)
-    first = next(x for x in labels["train"] if x.anisotropy_group is None)
-    assert crystals[0].ground == ground[composition(first)]
+    assert [c.ground for c in crystals] == [ground[composition(x)] for x in quiet]
 
-    def drawn(stiffness, seed=3):
+    def drawn(seed=3):
         rng = np.random.default_rng(seed)
-        return [shake(c, teacher, stiffness, rng) for c in crystals]
+        return [shake(c, teacher, rng) for c in crystals]
 
-    for crystal, cell in zip(crystals, drawn(2.0), strict=True):
-        scaled = crystal.atoms.positions * (float(cell.graph.volume) / crystal.atoms.get_volume()) ** (1 / 3)
-        moved = cell.graph.positions.numpy() - scaled
+    for crystal, cell in zip(crystals, drawn(), strict=True):
+        scale = (cell.atoms.get_volume() / crystal.atoms.get_volume()) ** (1 / 3)
+        assert cell.sites == pytest.approx(crystal.atoms.positions * scale)
+        moved = cell.atoms.positions - cell.sites
         assert moved.mean(0) == pytest.approx(np.zeros(3), abs=1e-12)
-        assert 0.0 < np.linalg.norm(moved, axis=1).max() < 0.8
-        assert cell.floor == pytest.approx(crystal.ground + 0.5 * 2.0 * (moved**2).sum(1).mean())
-        fresh = Graph.from_atoms(
-            Atoms(
-                crystal.atoms.symbols,
-                cell.graph.positions.numpy(),
-                cell=cell.graph.cell[0].numpy(),
-                pbc=True,
-                magmoms=cell.graph.moments.numpy(),
-            ),
-            teacher.elements,
-            teacher.config.cutoff,
-        )
-        assert len(fresh.sender) == len(cell.graph.sender)
+        assert np.linalg.norm(moved, axis=1).max() < 0.5 * 3.5 * 1.2 ** (1 / 3)
+        assert cell.floor(0.0) == crystal.ground
+        assert cell.floor(2.0) == pytest.approx(crystal.ground + 0.5 * 2.0 * (moved**2).sum(1).mean())
+    assert all(a.atoms == b.atoms for a, b in zip(drawn(), drawn(), strict=True))
+    graphs = [Graph.from_atoms(c.atoms, teacher.elements, 3.5) for s in range(20) for c in drawn(s)]
+    distances = [float(g.edge_vectors(g.positions).norm(dim=1).min()) for g in graphs]
+    assert 0.7 < min(distances) < 1.5
+    assert max(distances) > 2.2
 
-    cells = drawn(0.0)
-    assert [c.floor for c in cells] == [c.ground for c in crystals]
+    cells = drawn()
+    lower = pushed_down(teacher, cells)
+
+    def energies(some):
+        graph = Graph.collate([Graph.from_atoms(c.atoms, teacher.elements, teacher.config.cutoff) for c in some])
+        return graph.per_structure(teacher.site_energies(graph))[0].detach().numpy()
+
+    steps = [
+        np.linalg.norm(a.atoms.positions - b.atoms.positions, axis=1).max() for a, b in zip(lower, cells, strict=True)
+    ]
+    assert max(steps) == pytest.approx(0.15, abs=0.1)
+    assert np.mean(energies(lower) < energies(cells)) > 0.7
 
     def loss_at(offset):
-        same = [replace(cell, floor=0.0) for cell in cells]
+        same = [replace(cell, ground=0.0) for cell in cells]
         config = replace(teacher.config, pair_repulsion=False, atomic_energies={"Fe": offset, "Al": offset})
         flat = MagneticMACE(config)
         with torch.no_grad():
             for parameter in flat.parameters():
                 parameter.zero_()
             flat.one_body.wall = 0.0
-        return float(floor_loss(flat, same).detach())
+        return float(floor_loss(flat, same, 0.0).detach())
 
     assert loss_at(0.01) == 0.0
     assert loss_at(-0.02) == pytest.approx(2 * 5.0**2 * (np.sqrt(1 + 1 / 5.0**2) - 1))

@@ -32,6 +32,7 @@ from .restraint import (
     crystals_to_shake,
     floor_loss,
     make_probe,
+    pushed_down,
     restraint_loss,
     shake,
     spin_orbit_loss,
@@ -41,6 +42,8 @@ from .setup import initial_model
 CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
 ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM, REPLAY_STREAM = range(5)
+
+PUSHES = 2  # steps downhill before a shaken cell is held against its floor
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
@@ -484,8 +487,10 @@ class _StepLoss(torch.nn.Module):
         if self.crystals:
             rng = np.random.default_rng(seed)
             drawn = rng.integers(len(self.crystals), size=len(labels))
-            cells = [shake(self.crystals[k], self.model, self.recipe.least_stiffness, rng) for k in drawn]
-            loss = loss + floor_loss(self.model, self.processes.share(cells))
+            cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
+            for _ in range(PUSHES):
+                cells = pushed_down(self.model, cells)
+            loss = loss + floor_loss(self.model, cells, self.recipe.least_stiffness)
         return loss.double()
 
 

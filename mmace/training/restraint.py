@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import make_supercell
+from matscipy.neighbours import neighbour_list
 
 from ..data import LabelledStructure
 from ..derivatives import evaluate
 from ..errors import StructureError
-from ..graph import Graph
+from ..graph import Graph, check_structure
 from ..model import MagneticMACE
 from .batches import Composition, LabelBatch, composition
 
@@ -31,7 +32,11 @@ LONGEST_MOMENT = 1.3  # of M_z
 LARGEST_EXPANSION = 0.5  # of lengths
 FLOOR_TOLERANCE = 0.02  # eV/atom
 LARGEST_DISPLACEMENT = 0.4  # Å
-LARGEST_COMPRESSION = 0.25  # of the volume
+LONGEST_PAIR, CLOSEST_PAIR = 3.5, 0.8  # Å
+LARGEST_FORCE = 0.5  # eV/Å
+LARGEST_COMPRESSION, LARGEST_EXPANSION_OF_SHAKEN = 0.35, 0.2  # of the volume
+PUSH = 0.15  # Å
+SMALLEST_FORCE = 1e-3  # eV/Å
 LONGEST_SHAKEN_MOMENT = 1.5  # of M_z
 FEWEST_ATOMS = 4
 OUTLIER = 5.0
@@ -141,18 +146,31 @@ class ShakenCell:
 
     Attributes
     ----------
-    graph : Graph
-        The structure.
-    floor : float
-        Energy it lies above, eV/atom.
+    atoms : Atoms
+        The structure with its moments.
+    sites : ndarray (N, 3)
+        Positions without the displacements, Å.
+    ground : float
+        Lowest energy known of its composition, eV/atom.
     """
 
-    graph: Graph
-    floor: float
+    atoms: Atoms
+    sites: np.ndarray
+    ground: float
+
+    def moved(self, step: np.ndarray) -> ShakenCell:
+        """The same cell with all atoms moved by `step` (N, 3), Å."""
+        atoms = self.atoms.copy()
+        atoms.positions += step - step.mean(0)
+        return replace(self, atoms=atoms)
+
+    def floor(self, stiffness: float) -> float:
+        """Energy that the cell lies above, eV/atom, for a least curvature in eV/Å²."""
+        return self.ground + 0.5 * stiffness * float(((self.atoms.positions - self.sites) ** 2).sum(1).mean())
 
 
 def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Composition, float]) -> list[Crystal]:
-    """Structures of all labels with an energy of their own.
+    """Structures of labels with an energy of their own, but for those whose forces show that their atoms are displaced.
 
     Parameters
     ----------
@@ -164,7 +182,8 @@ def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Compo
     crystals = []
     for label in labels:
         energy = ground.get(composition(label))
-        if label.anisotropy_group is not None or energy is None:
+        displaced = bool((np.abs(label.forces) > LARGEST_FORCE).any())
+        if label.anisotropy_group is not None or energy is None or displaced:
             continue
         atoms = label.atoms()
         while len(atoms) < FEWEST_ATOMS:
@@ -175,46 +194,36 @@ def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Compo
     return crystals
 
 
-def shake(crystal: Crystal, model: MagneticMACE, stiffness: float, rng: np.random.Generator) -> ShakenCell:
-    """Displace the atoms at random, change the volume and, in half of the cases, all moments.
+def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> ShakenCell:
+    """Displace all atoms or bring two neighbours together, change the volume and, in half of the cases, all moments.
 
     Parameters
     ----------
     crystal : Crystal
         Where to start.
     model : MagneticMACE
-        Gives M_z, the elements that carry moments and the cut-off.
-    stiffness : float
-        Least curvature of the energy in the displacement of an atom, eV/Å².
+        Gives M_z and the elements that carry moments.
     rng : numpy.random.Generator
         Source of randomness.
     """
     config = model.config
-    largest = LARGEST_DISPLACEMENT
+    n_atoms = len(crystal.atoms)
     while True:
         atoms = crystal.atoms.copy()
-        n_atoms = len(atoms)
-        volume = 1.0 - LARGEST_COMPRESSION + (LARGEST_COMPRESSION + 0.2) * rng.random()
+        volume = rng.uniform(1.0 - LARGEST_COMPRESSION, 1.0 + LARGEST_EXPANSION_OF_SHAKEN)
         atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
-        displacement = largest * rng.random() * _directions(n_atoms, rng) * rng.random((n_atoms, 1)) ** (1 / 3)
-        displacement -= displacement.mean(0)
-        atoms.positions += displacement
-        moments = np.asarray(atoms.get_initial_magnetic_moments())
         if rng.random() < 0.5:
             longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
             lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
-            moments = lengths[:, None] * _directions(n_atoms, rng)
-        try:
-            graph = Graph.from_atoms(atoms, config.elements, config.cutoff, dtype=model.dtype, moments=moments)
-        except StructureError:
-            largest *= 0.9
-            continue
-        floor = crystal.ground + 0.5 * stiffness * float((displacement**2).sum(1).mean())
-        return ShakenCell(graph, floor)
+            atoms.set_initial_magnetic_moments(lengths[:, None] * _directions(n_atoms, rng))
+        displacement = _approach(atoms, rng) if rng.random() < 0.5 else _everywhere(n_atoms, rng)
+        cell = ShakenCell(atoms, atoms.positions.copy(), crystal.ground).moved(displacement)
+        if _possible(cell, model):
+            return cell
 
 
-def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor:
-    """Penalty for shaken cells below their floor, per structure.
+def pushed_down(model: MagneticMACE, cells: Sequence[ShakenCell]) -> list[ShakenCell]:
+    """Cells after a step along the forces, which finds minima that should not be there sooner than chance does.
 
     Parameters
     ----------
@@ -223,8 +232,31 @@ def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor
     cells : sequence of ShakenCell
         From `shake`.
     """
-    graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
-    floors = torch.tensor([cell.floor for cell in cells], dtype=torch.float64, device=model.device)
+    forces = evaluate(model, _collated(model, cells), forces=True, stress=False, magnetic_forces=False).forces
+    assert forces is not None
+    found = []
+    ends = np.cumsum([len(cell.atoms) for cell in cells])[:-1]
+    for cell, own in zip(cells, np.split(forces.detach().cpu().double().numpy(), ends), strict=True):
+        longest = np.linalg.norm(own, axis=1).max()
+        moved = cell.moved(PUSH * own / max(longest, SMALLEST_FORCE))
+        found.append(moved if _possible(moved, model) else cell)
+    return found
+
+
+def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell], stiffness: float) -> torch.Tensor:
+    """Penalty for shaken cells below their floor, per structure.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        The potential.
+    cells : sequence of ShakenCell
+        From `shake`.
+    stiffness : float
+        Least curvature of the energy in the displacement of an atom, eV/Å².
+    """
+    graph = _collated(model, cells)
+    floors = torch.tensor([cell.floor(stiffness) for cell in cells], dtype=torch.float64, device=model.device)
     energies = graph.per_structure(model.site_energies(graph))[0] / graph.counts
     return _penalty(torch.relu(floors - energies) / FLOOR_TOLERANCE).mean()
 
@@ -256,6 +288,41 @@ def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, genera
 
 def _penalty(x: torch.Tensor) -> torch.Tensor:
     return 2.0 * OUTLIER**2 * (torch.sqrt(1.0 + (x / OUTLIER).square()) - 1.0)
+
+
+def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
+    """Displacements in balls of one radius for all atoms."""
+    lengths = LARGEST_DISPLACEMENT * rng.random() * rng.random((n_atoms, 1)) ** (1 / 3)
+    return lengths * _directions(n_atoms, rng)
+
+
+def _approach(atoms: Atoms, rng: np.random.Generator) -> np.ndarray:
+    """Displacements that bring two neighbours to any distance down to the closest, each on half of the way."""
+    first, second, vectors = neighbour_list("ijD", atoms, LONGEST_PAIR)
+    displacement = np.zeros((len(atoms), 3))
+    pairs = np.flatnonzero(first != second)
+    if len(pairs):
+        pair = rng.choice(pairs)
+        vector = vectors[pair]
+        distance = float(np.linalg.norm(vector))
+        way = rng.random() * max(distance - CLOSEST_PAIR, 0.0) / distance
+        displacement[first[pair]] += 0.5 * way * vector
+        displacement[second[pair]] -= 0.5 * way * vector
+    return displacement
+
+
+def _collated(model: MagneticMACE, cells: Sequence[ShakenCell]) -> Graph:
+    config = model.config
+    graphs = [Graph.from_atoms(cell.atoms, config.elements, config.cutoff, dtype=model.dtype) for cell in cells]
+    return Graph.collate(graphs).to(model.device)
+
+
+def _possible(cell: ShakenCell, model: MagneticMACE) -> bool:
+    try:
+        check_structure(cell.atoms, model.config.elements)
+    except StructureError:
+        return False
+    return True
 
 
 def _directions(count: int, rng: np.random.Generator) -> np.ndarray:
