@@ -137,6 +137,15 @@ class MMACECalculator(Calculator):
         return 2 * self.models[0].config.num_layers * self.cutoff
 
     @property
+    def tilt_reach(self) -> float:
+        """Distance up to which tilts of collinear moments can couple, Å.
+
+        Without spin-orbit coupling the energy is a function of the products of moments that send messages to one atom.
+        Tilts change each product in second order alone, so further layers carry them no farther.
+        """
+        return self.reach if self.soc else 2 * self.cutoff
+
+    @property
     def default_moments(self) -> dict[str, float]:
         """A moment to start from for each element, µB; 0 for elements that carry none."""
         config = self.models[0].config

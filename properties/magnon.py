@@ -95,7 +95,7 @@ class SpinWaves:
         rough = ROUGHEST if calculator.differs_twice else ROUGH
         self.zero = ROUNDING if knows_rows(calculator) else rough
         blocks, inward = tilts(box, calculator, moments)
-        self.coverage = Coverage.of(box, calculator, -0.5 * blocks.transpose(0, 2, 1, 3))
+        self.coverage = Coverage.of(box, calculator, moments, -0.5 * blocks.transpose(0, 2, 1, 3))
         n, images = len(box.sites), box.images()
         shifts, rows = np.unique(images.shift, axis=0, return_inverse=True)
         self.shifts: NDArray[np.int64] = shifts

@@ -255,7 +255,7 @@ def measure(
         tensors = -0.5 * blocks.transpose(0, 2, 1, 3)
         flat = tensors.reshape(-1, 2, 2)
         targets.append(flat[pairs.first * total + kept].reshape(-1, 4))
-        coverages.append(Coverage.of(box, calculator, tensors))
+        coverages.append(Coverage.of(box, calculator, reference.moments, tensors))
         if len(others):
             left = max(left, float(np.abs(flat[others]).max()))
         here, there, units = frames[pairs.first], frames[pairs.second], reference.units @ turn.T

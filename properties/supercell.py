@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .base import Progress
 from .errors import ConvergenceError
 from .protocol import STENCIL, SpinCalculator, with_moments
+from .symmetry import Pattern
 
 Array = NDArray[np.float64]
 
@@ -152,7 +153,7 @@ class Coverage:
 
     Parameters
     ----------
-    reach : distance up to which the calculator couples two atoms, Å; None where it does not say.
+    reach : distance up to which the calculator couples tilts of two moments, Å; None where it does not say.
     beyond : whether the supercell is larger than twice that in every direction; None where that is not known.
     pairs : pairs of a magnetic site, mean over sites, within reach and beyond the unique images; NaN where not known.
     folded : Σ |J| of one site at images that are not unique, eV, the largest over sites.
@@ -164,19 +165,20 @@ class Coverage:
     folded: float
 
     @classmethod
-    def of(cls, box: Supercell, calculator: SpinCalculator, tensors: Array) -> "Coverage":
+    def of(cls, box: Supercell, calculator: SpinCalculator, moments: Array, tensors: Array) -> "Coverage":
         """Compare a supercell with the reach that a calculator states.
 
         Parameters
         ----------
         box : the supercell.
         calculator : a single model.
+        moments : of the home cell in µB, shape (N, 3).
         tensors : what couples the home sites to the magnetic sites of the supercell, eV, shape (n, M, 2, 2).
         """
         sizes = np.linalg.norm(tensors, ord=2, axis=(2, 3)).ravel()
         others = box.pairs()[2]
         sums = np.bincount(others // len(box.magnetic), sizes[others], minlength=len(box.sites))
-        reach = reach_of(calculator)
+        reach = reach_of(calculator, moments)
         if reach is None:
             return cls(None, None, np.nan, float(sums.max()))
         beyond = box.radius > reach
@@ -190,9 +192,14 @@ class Coverage:
         return {"reach": reach, "supercell_beyond_twice_the_reach": answer}
 
 
-def reach_of(calculator: SpinCalculator) -> float | None:
-    """Return the distance in Å up to which a calculator says that it couples two atoms; None where it does not say."""
+def reach_of(calculator: SpinCalculator, moments: Array) -> float | None:
+    """Return the distance in Å up to which a calculator says that tilts of moments (N, 3) couple, None without word.
+
+    It is `tilt_reach` where the moments are collinear and the calculator states one, and else `reach`.
+    """
     value = getattr(calculator.calculator, "reach", None)
+    if Pattern.of(moments).collinear:
+        value = getattr(calculator.calculator, "tilt_reach", value)
     return None if value is None else float(value)
 
 
@@ -303,7 +310,7 @@ def grown(
     Parameters
     ----------
     cell, sites, moments : the primitive cell, its magnetic atoms and its moments in µB, shape (N, 3).
-    calculator : a single model; where it states its `reach`, a supercell beyond that is enough.
+    calculator : a single model; where it states its reach, a supercell of more than twice that is enough.
     radius : least distance within which pairs are wanted, Å.
     tolerance : largest |J| that may be left, relative to the largest.
     max_atoms : largest supercell.
@@ -313,7 +320,7 @@ def grown(
     ------
     ConvergenceError : the supercell would exceed `max_atoms`.
     """
-    reach = reach_of(calculator)
+    reach = reach_of(calculator, moments)
     done = 0
     repeats: tuple[int, int, int] | None = None
     left, place = np.inf, 0.0
@@ -337,7 +344,8 @@ def grown(
             progress("grow supercell", done, done)
         if left <= tolerance or (reach is not None and box.radius > reach):
             return repeats
-        radius *= GROWTH
+        # not farther than where the reach ends
+        radius = radius * GROWTH if reach is None else min(radius * GROWTH, reach + SAME_DISTANCE)
 
 
 def _left(box: Supercell, calculator: SpinCalculator, moments: Array) -> float:

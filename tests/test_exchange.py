@@ -11,9 +11,9 @@ from mmace_props.base import write_dataset
 from mmace_props.errors import ConvergenceError, MomentError, OptionError, StructureError
 from mmace_props.exchange import Exchange, SpinModel
 from mmace_props.magnon import Magnon
-from mmace_props.protocol import with_moments
+from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.spiral import SpinSpiral
-from mmace_props.supercell import Pairs, Supercell
+from mmace_props.supercell import Pairs, Supercell, reach_of
 from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
@@ -569,6 +569,9 @@ def test_a_supercell_says_whether_it_exceeds_twice_the_reach():
     assert float(whole["folded"]) < 1e-9
     assert ("larger than twice the reach", "yes") in [(row.label, row.value) for row in Exchange().summary(whole)]
 
+    # no larger than that takes: six cells of 1.98 Å between the planes
+    assert whole.attrs["supercell"] == "[6, 6, 6]"
+
     part = quick(radius=3.0, tolerance=1.0).run(atoms, Stating(*terms, soc=False))
     radius = part.attrs["unique_radius"]
     assert part.attrs["supercell_beyond_twice_the_reach"] == "no"
@@ -602,21 +605,33 @@ def test_a_supercell_says_whether_it_exceeds_twice_the_reach():
 
 
 def test_the_reach_of_the_potential_is_that_of_its_messages():
-    """Two atoms meet at a third that both send messages to, through every layer: twice the layers' cut-offs."""
+    """Two atoms meet at a third that both send messages to: through every layer, and tilts of one axis through one."""
     calculator = MMACECalculator(random_model(), soc=False)
     assert calculator.reach == pytest.approx(2 * 2 * calculator.cutoff)
+    assert calculator.tilt_reach == pytest.approx(2 * calculator.cutoff)
+    assert calculator.replace(soc=True).tilt_reach == calculator.reach
     count, spacing = 27, 1.3
     chain = Atoms(f"Fe{count}", positions=[[0, 0, spacing * k] for k in range(count)], cell=[9, 9.5, count * spacing])
     chain = with_moments(chain, [[0, 0, 1.0]] * count)
     chain.pbc = True
     row = calculator.hessian(chain, ("mm",), rows=[0])["mm"][0]
-    size = np.abs(row).max(axis=(0, 2))
+    size, tilts = np.abs(row).max(axis=(0, 2)), np.abs(row)[:2, :, :2].max(axis=(0, 2))
     distance = spacing * np.minimum(np.arange(count), count - np.arange(count))
     assert distance.max() > calculator.reach
     assert size[distance > calculator.reach].max() == 0
     # atoms that no path of one layer's messages less could join
     assert size[distance > calculator.reach - calculator.cutoff].max() > 0
-    assert size[distance > 2 * calculator.cutoff + 1].max() > 1e-11 * size.max()
+    assert size[distance > calculator.tilt_reach + 1].max() > 1e-11 * size.max()
+    assert tilts[distance > calculator.tilt_reach].max() == 0
+    assert tilts[distance > calculator.cutoff + 1].max() > 1e-9 * tilts.max()
+    spins = SpinCalculator(calculator)
+    assert reach_of(spins, np.array([[0, 0, 1.0], [0, 0, -1.0]])) == calculator.tilt_reach
+    assert reach_of(spins, np.array([[0, 0, 1.0], [0, 1.0, 0]])) == calculator.reach
+    turned = np.tile([0, 0, 1.0], (count, 1))
+    turned[1::2] = [0, 0.6, 0.8]
+    row = calculator.hessian(with_moments(chain, turned), ("mm",), rows=[0])["mm"][0]
+    assert np.abs(row[0, distance > calculator.tilt_reach + 1]).max() == 0
+    assert np.abs(row[1, distance > calculator.tilt_reach + 1, 1]).max() > 1e-12 * tilts.max()
 
 
 def test_an_unstable_reference_is_said_to_be_one():
