@@ -18,7 +18,7 @@ from mmace_props.journal import Journal, fingerprint
 from mmace_props.protocol import MomentMode, SpinCalculator, bare, moments_of, with_moments
 
 from .errors import BenchmarkError
-from .systems import Number, System, Task, read_json
+from .systems import Number, System, Task
 
 GPA = 160.21766208  # GPa in eV/Å³
 NEAR = 1e-6
@@ -313,9 +313,9 @@ def label_frames(system: System, task: Task) -> list[Atoms]:
 
     Raises
     ------
-    BenchmarkError : there are none.
+    BenchmarkError : there are none, or no splits.
     """
-    keep = set(read_json(system.folder / "splits.json")["test"])
+    keep = system.test_parents
     files = task.options["files"]
     paths = [system.folder / "data" / name for name in ((files,) if isinstance(files, str) else files)]
     frames = [a for path in paths if path.exists() for a in ase.io.read(path, ":") if a.info["parent"] in keep]

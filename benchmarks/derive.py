@@ -23,7 +23,7 @@ from scipy.optimize import curve_fit
 from .calculate import GPA
 from .derivation import Crystal, Derivation, read_derivation
 from .errors import BenchmarkError
-from .systems import System, read_json
+from .systems import System
 
 SETTINGS = "ABINIT, PBE, PAW, moments free, mesh 0.18 Å⁻¹, Methfessel-Paxton smearing 0.01 Ha"
 THZ = 1e-12 / (2 * np.pi) * np.sqrt(_e * 1e20 / _amu)
@@ -413,7 +413,7 @@ def anisotropy_values(system: System, tables: Derivation) -> dict[str, dict[str,
     groups: dict[str, list[Atoms]] = {}
     for atoms in ase.io.read(path, ":"):
         groups.setdefault(str(atoms.info["parent"]), []).append(atoms)
-    tested = set(read_json(system.folder / "splits.json")["test"])
+    tested = system.test_parents
     values: dict[str, dict[str, Any]] = {}
     for name, parent in tables.anisotropy.items():
         if parent in groups and parent in tested:
@@ -435,7 +435,7 @@ def anisotropy_values(system: System, tables: Derivation) -> dict[str, dict[str,
 
 def label_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]]:
     """Energies of constrained moments from labels; the model saw those of training parents."""
-    split = read_json(system.folder / "splits.json")
+    tested = system.test_parents
     values: dict[str, dict[str, Any]] = {}
     for file in sorted({entry[0] for entry in tables.labels.values()}):
         path = system.folder / "data" / file
@@ -446,7 +446,7 @@ def label_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]
             if place != file or first not in frames or second not in frames:
                 continue
             pair = [frames[first], frames[second]]
-            kind = "test" if all(a.info["parent"] in split["test"] for a in pair) else "training"
+            kind = "test" if all(a.info["parent"] in tested for a in pair) else "training"
             gap = 1e3 * (pair[0].get_potential_energy() - pair[1].get_potential_energy()) / len(pair[0])
             recipe = pair[0].info.get("recipe", "labels")
             source = f"label settings ({recipe}), {kind} labels {first} less {second}; uncertainty: {EQUAL}"

@@ -10,6 +10,9 @@ import numpy as np
 from ase import Atoms
 from mmace_props.errors import did_you_mean
 
+from mmace.data import read_splits
+from mmace.errors import LabelError
+
 from .errors import BenchmarkError
 
 HERE = Path(__file__).parent
@@ -117,6 +120,19 @@ class System:
     def stored(self) -> Path:
         """File of the stored results."""
         return self.folder / "results" / "benchmark.json"
+
+    @property
+    def test_parents(self) -> frozenset[str]:
+        """Parents of the labels that no model may have trained on.
+
+        Raises
+        ------
+        BenchmarkError : the splits are missing or broken.
+        """
+        try:
+            return read_splits(self.folder / "splits.json").test
+        except LabelError as error:
+            raise BenchmarkError(str(error)) from error
 
 
 def read_system(name: str, folder: Path | None = None) -> System:

@@ -20,10 +20,11 @@ from . import __version__
 from .blocks import Geometry
 from .derivatives import evaluate, evaluate_spins, hessian, relaxed_response
 from .errors import ConvergenceError, MMACEError, MomentError, MomentRangeWarning, StructureError
-from .graph import Graph, check_moments, moments_of
+from .graph import Graph
 from .io import file_hash, load_model, model_files, weights_hash
 from .model import MagneticMACE
 from .moments import MODES, relax_moments
+from .structures import check_moments, moments_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 RELAX_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # eV/µB

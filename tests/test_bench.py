@@ -691,3 +691,7 @@ def test_labels_of_test_parents_alone_are_compared(toy_system):
     task = Task("labels", "", "labels", {"files": ("x.extxyz",), "kind": "energies"}, False, "fixed", True, {})
     found = label_frames(System("FeAl", folder, {}, (task,), {}), task)
     assert [a.info["parent"] for a in found] == ["b"]
+    for broken in ({"train": ["a"]}, {"train": ["a"], "valid": [], "test": ["a"]}):
+        (folder / "splits.json").write_text(json.dumps(broken))
+        with pytest.raises(BenchmarkError):
+            label_frames(System("FeAl", folder, {}, (task,), {}), task)

@@ -1,6 +1,8 @@
 """The label reader: units and signs, missing quantities, anisotropy groups, splits."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -186,3 +188,9 @@ def test_splits_of_several_systems_are_joined(tmp_path):
     assert read_splits(tmp_path / "a.json") == read_splits([tmp_path / "a.json"])
     with pytest.raises(LabelError, match="a2 is in train and in valid"):
         read_splits([tmp_path / "a.json", tmp_path / "c.json"])
+
+
+def test_labels_are_read_without_torch():
+    """It takes seconds to import, and whoever reads or makes labels needs none of it."""
+    code = "import sys, mmace.data, mmace.labels.cli\nsys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,7 +17,7 @@ from mmace.data.matpes import read_matpes
 from mmace.data.mlip import read_mlip
 from mmace.data.renamed import read_renamed
 from mmace.errors import LabelError
-from mmace.labels.files import read_labels as read_checked
+from mmace.labels.files import read_checked
 
 CELL = np.array([[4.1, 0.1, 0.0], [0.0, 4.0, 0.2], [0.1, 0.0, 4.3]])
 SYMBOLS = ["Fe", "Al", "Fe"]

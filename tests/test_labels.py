@@ -21,12 +21,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 
 from mmace.cli import main
+from mmace.data import Splits, read_splits
 from mmace.errors import LabelError, MissingProgramError
 from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
 from mmace.labels.check import compare_differences, compare_labels, difference_plan, refined_plan
-from mmace.labels.files import check_checksums, read_labels, write_checksums, write_labels
+from mmace.labels.files import check_checksums, read_checked, write_checksums, write_labels
 from mmace.labels.gate import collect, earlier_labels, fingerprint, job_frames, judge
-from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, read_splits, write_plan, write_splits
+from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, write_plan, write_splits
 from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
 from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling
 
@@ -290,7 +291,7 @@ def test_frames_keep_the_contract_through_a_file(tmp_path: Path) -> None:
     assert np.allclose(atoms.get_initial_magnetic_moments(), [(0, 0, 2.699989), (0, 0, 0)])
     assert np.isnan(atoms.arrays["magnetic_forces"][1]).all()
     assert atoms.info["parent"] == "parent-feal"
-    assert len(read_labels(tmp_path / "labels.extxyz")) == 1
+    assert len(read_checked(tmp_path / "labels.extxyz")) == 1
 
 
 def test_noncollinear_frames_give_only_what_was_confirmed() -> None:
@@ -341,11 +342,15 @@ def labelled(**info: object) -> Atoms:
     ("spoil", "words"),
     [
         (lambda a: a.info.pop("parent"), "parent"),
+        (lambda a: a.info.pop("soc"), "'soc' is missing"),
         (lambda a: a.info.update(soc=2), "soc"),
         (lambda a: a.info.update(soc=1), "anisotropy_group"),
         (lambda a: a.calc.results.update(energy=float("nan")), "energy"),
         (lambda a: a.calc.results.update(stress=np.full(6, np.nan)), "stress"),
         (lambda a: a.arrays.pop("initial_magmoms"), "initial_magmoms"),
+        (lambda a: a.arrays.update(initial_magmoms=np.array([2.2])), "1×3 numbers"),
+        (lambda a: a.arrays.update(initial_magmoms=np.full((1, 3), np.nan)), "not finite"),
+        (lambda a: a.calc.results.update(forces=np.zeros((1, 2))), "forces has shape"),
         (lambda a: a.arrays.update(magnetic_forces=np.full((1, 3), np.inf)), "magnetic_forces"),
     ],
 )
@@ -467,10 +472,10 @@ def test_label_files_are_enough_to_go_on_from(tmp_path: Path, monkeypatch: pytes
     again = ["label", "run", str(tmp_path / "plan.json"), "--work", str(tmp_path / "lost"), "--nice", "0"]
     assert main([*again, "--labels", labels, "--report", report]) == 0
     assert calls(tmp_path) == started + 1
-    assert earlier_labels(plan, read_labels(labels)).keys() == {"one"}
+    assert earlier_labels(plan, read_checked(labels)).keys() == {"one"}
     for changed in (feal("one", shift=0.0601), feal("one", moment=2.703)):
-        assert not earlier_labels(Plan("test", COLLINEAR, (changed,)), read_labels(labels))
-    assert not earlier_labels(Plan("test", NONCOLLINEAR, (feal("one"),)), read_labels(labels))
+        assert not earlier_labels(Plan("test", COLLINEAR, (changed,)), read_checked(labels))
+    assert not earlier_labels(Plan("test", NONCOLLINEAR, (feal("one"),)), read_checked(labels))
 
 
 # Differences
@@ -669,8 +674,18 @@ def test_start_and_delay_move_a_family_and_change_nothing_else() -> None:
 def test_splits_refuse_a_parent_in_two(tmp_path: Path) -> None:
     plan = Plan("test", COLLINEAR, (feal(),))
     with pytest.raises(LabelError, match="parent-feal"):
-        write_splits(tmp_path / "splits.json", [plan], {"test": ["parent-feal"]})
+        write_splits(tmp_path / "splits.json", [plan], Splits(frozenset(), frozenset(), frozenset({"parent-feal"})))
     assert not (tmp_path / "splits.json").exists()
+
+
+def test_splits_come_back_from_their_file(tmp_path: Path) -> None:
+    """What the plans give joins what is given, in an order that depends on neither."""
+    other = Splits(frozenset({"z"}), frozenset({"c"}), frozenset({"b", "a"}))
+    splits = write_splits(tmp_path / "splits.json", [Plan("test", COLLINEAR, (feal(),))], other)
+    assert splits == read_splits(tmp_path / "splits.json")
+    assert splits == Splits(frozenset({"parent-feal", "z"}), other.valid, other.test)
+    found = json.loads((tmp_path / "splits.json").read_text())
+    assert found == {"train": ["parent-feal", "z"], "valid": ["c"], "test": ["a", "b"]}
 
 
 # The data that is shipped
@@ -682,10 +697,9 @@ SYSTEMS = [path.parent for path in sorted(BENCHMARKS.glob("*/splits.json"))]
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda path: path.name)
 def test_shipped_labels_keep_contract_checksums_and_splits(system: Path) -> None:
     splits = read_splits(system / "splits.json")
-    split_of = {parent: split for split, parents in splits.items() for parent in parents}
     for name in check_checksums(system / "data"):
-        frames = read_labels(system / "data" / name)
-        assert {atoms.info["parent"] for atoms in frames} <= set(split_of)
+        frames = read_checked(system / "data" / name)
+        assert {atoms.info["parent"] for atoms in frames} <= splits.train | splits.valid | splits.test
         names = [atoms.info["name"] for atoms in frames]
         assert len(names) == len(set(names))
 

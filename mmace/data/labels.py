@@ -13,7 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from ..errors import LabelError
-from ..graph import moments_of
+from ..structures import moments_of
 
 SAME_GEOMETRY = 1e-5  # Å; file formats round
 
@@ -178,7 +178,13 @@ def fingerprint(labels: Iterable[LabelledStructure]) -> str:
 
 
 def read_frames(path: str | os.PathLike[str]) -> list[Atoms]:
-    """All structures of an extended XYZ file, at least one."""
+    """All structures of an extended XYZ file, at least one, as they stand there.
+
+    Raises
+    ------
+    LabelError
+        There is no such file, it cannot be read, or it is empty.
+    """
     file = Path(path)
     if not file.exists():
         raise LabelError(f"there is no label file {file}: give an existing extended XYZ file.")

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..data import PARTS, read_splits
 from ..errors import LabelError
 from . import check
-from .files import check_checksums, read_labels, write_checksums, write_labels, write_text
+from .files import check_checksums, read_checked, write_checksums, write_labels, write_text
 from .gate import collect, earlier_labels
-from .plan import read_plan, read_splits, write_plan, write_splits
+from .plan import read_plan, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, run_plan
 from .sampling import read_sampling
 
@@ -132,10 +133,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _splits(args: argparse.Namespace) -> int:
-    given = read_splits(args.given) if args.given else {}
-    write_splits(args.output, [read_plan(path) for path in args.plans], given)
-    counts = read_splits(args.output)
-    print(f"{args.output}: " + ", ".join(f"{len(parents)} {split}" for split, parents in counts.items()) + " parents")
+    given = read_splits(args.given) if args.given else None
+    splits = write_splits(args.output, [read_plan(path) for path in args.plans], given)
+    print(f"{args.output}: " + ", ".join(f"{len(getattr(splits, part))} {part}" for part in PARTS) + " parents")
     return 0
 
 
@@ -151,13 +151,13 @@ def _propose(args: argparse.Namespace) -> int:
         raise LabelError(f"--window is {args.window:g}; it must be positive")
     torch.set_num_threads(args.threads)
     splits = read_splits(args.splits)
-    frames = [atoms for path in args.labels for atoms in read_labels(path)]
+    frames = [atoms for path in args.labels for atoms in read_checked(path)]
     models = read_models(args.model)
     with Progress(TextColumn("candidates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         bar = progress.add_task("", total=args.candidates)
         plan, chosen = propose(
             frames,
-            splits["train"],
+            splits.train,
             models,
             read_plan(args.recipe).recipe,
             Path(args.output).stem,
@@ -190,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
     os.nice(args.nice)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_labels(path)]))
+    finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_checked(path)]))
     if args.report:
         finished |= {name for names in _rejected(args.report).values() for name in names}
     counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only, finished)
@@ -200,7 +200,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace) -> int:
     plan = read_plan(args.plan)
-    earlier = read_labels(args.output) if Path(args.output).is_file() else []
+    earlier = read_checked(args.output) if Path(args.output).is_file() else []
     known = _rejected(args.report) if args.report and Path(args.report).is_file() else {}
     frames, report = collect(plan, args.work, earlier, known)
     if not frames:
@@ -233,17 +233,17 @@ def _rejected(path: str) -> dict[str, list[str]]:
 
 def _check(args: argparse.Namespace) -> int:
     for name in check_checksums(args.folder):
-        frames = read_labels(Path(args.folder) / name)
+        frames = read_checked(Path(args.folder) / name)
         print(f"{name}: {len(frames)} labels, {len({atoms.info['parent'] for atoms in frames})} parents")
     return 0
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    plan = check.reproduction_plan(read_plan(args.plan), read_labels(args.labels), args.names)
+    plan = check.reproduction_plan(read_plan(args.plan), read_checked(args.labels), args.names)
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
     os.nice(args.nice)
     run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
-    rows = check.compare_reproduction(plan, args.work, read_labels(args.labels))
+    rows = check.compare_reproduction(plan, args.work, read_checked(args.labels))
     _print_table(["frame", "ΔE meV/atom", "max ΔF meV/Å", "max Δσ GPa", "max ΔF_m meV/µB"], rows)
     return 0
 
@@ -258,7 +258,7 @@ def _refine(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    rows = check.compare_labels(read_labels(args.first), read_labels(args.second))
+    rows = check.compare_labels(read_checked(args.first), read_checked(args.second))
     _print_table(["quantity", "values", "RMS", "largest", "unit"], rows)
     return 0
 

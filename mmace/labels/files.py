@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
+from ..data.labels import label_from_atoms, read_frames
 from ..errors import LabelError
 from ..files import whole_file
 
@@ -34,7 +35,7 @@ def write_labels(path: str | Path, frames: Sequence[Atoms]) -> None:
         write(temporary, list(frames), format="extxyz")
 
 
-def read_labels(path: str | Path) -> list[Atoms]:
+def read_checked(path: str | Path) -> list[Atoms]:
     """Read a label file and check every frame against the contract.
 
     Raises
@@ -42,19 +43,14 @@ def read_labels(path: str | Path) -> list[Atoms]:
     LabelError
         Names file, frame and fault.
     """
-    try:
-        frames = read(path, index=":", format="extxyz")
-    except OSError as error:
-        raise LabelError(f"cannot read the labels {str(path)!r}: {error.strerror}") from None
-    except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise LabelError(f"{str(path)!r} is not an extended XYZ file ({error})") from None
+    frames = read_frames(path)
     for index, atoms in enumerate(frames):
         check_frame(atoms, f"{str(path)!r}, frame {index}")
     return frames
 
 
 def check_frame(atoms: Atoms, where: str) -> None:
-    """Check one frame against the label contract.
+    """Check one frame against the contract: what training reads, provenance, and no number that is not finite.
 
     Parameters
     ----------
@@ -70,23 +66,20 @@ def check_frame(atoms: Atoms, where: str) -> None:
     for key in ("parent", "name", "code", "recipe"):
         if not isinstance(atoms.info.get(key), str):
             raise LabelError(f"{where}: info {key!r} is missing; every label needs its provenance")
-    soc = atoms.info.get("soc")
-    if soc not in (0, 1):
-        raise LabelError(f"{where}: info 'soc' must be 0 or 1, not {soc!r}")
-    if soc == 1 and not isinstance(atoms.info.get("anisotropy_group"), str):
+    if "soc" not in atoms.info:
+        raise LabelError(f"{where}: info 'soc' is missing; give 0 without or 1 with spin-orbit coupling")
+    label = label_from_atoms(atoms, where)
+    if label.soc and label.anisotropy_group is None:
         raise LabelError(f"{where}: a label with spin-orbit coupling needs info 'anisotropy_group'")
-    results = atoms.calc.results if atoms.calc is not None else {}
-    if not np.isfinite(results.get("energy", np.nan)):
+    if not np.isfinite(label.energy):
         raise LabelError(f"{where}: no finite energy")
     for key in ("forces", "stress"):
-        if key in results and not np.isfinite(results[key]).all():
+        if key in atoms.calc.results and not np.isfinite(getattr(label, key)).all():
             raise LabelError(f"{where}: {key} are not finite; leave them out where unknown")
-    moments = atoms.arrays.get("initial_magmoms")
-    if moments is None or moments.shape != (len(atoms), 3) or not np.isfinite(moments).all():
-        raise LabelError(f"{where}: initial_magmoms must be {len(atoms)}×3 finite numbers, in µB")
-    gradients = atoms.arrays.get("magnetic_forces")
-    if gradients is not None and (gradients.shape != (len(atoms), 3) or np.isinf(gradients).any()):
-        raise LabelError(f"{where}: magnetic_forces must be {len(atoms)}×3 numbers, NaN where not known")
+    if atoms.arrays["initial_magmoms"].ndim != 2:
+        raise LabelError(f"{where}: initial_magmoms must be {len(atoms)}×3 numbers, in µB")
+    if np.isinf(label.magnetic_forces).any():
+        raise LabelError(f"{where}: magnetic_forces are infinite; give NaN where they are not known")
 
 
 def write_checksums(folder: str | Path) -> None:

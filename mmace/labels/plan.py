@@ -13,10 +13,10 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from ..data.splits import PARTS, Splits
 from ..errors import LabelError
 from .files import write_text
 
-SPLITS = ("train", "valid", "test")
 ENGINES = ("abinit", "gpaw-soc")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -142,8 +142,8 @@ def check_plan(plan: Plan) -> None:
         if job.name in seen:
             raise LabelError(f"{where}: the name occurs twice; give every job its own")
         seen.add(job.name)
-        if job.split not in SPLITS:
-            raise LabelError(f"{where}: split is {job.split!r}; use one of {', '.join(SPLITS)}")
+        if job.split not in PARTS:
+            raise LabelError(f"{where}: split is {job.split!r}; use one of {', '.join(PARTS)}")
         if split_of.setdefault(job.parent, job.split) != job.split:
             raise LabelError(f"{where}: parent {job.parent!r} is in two splits; a parent belongs to one")
         unknown = sorted(set(job.symbols) - set(atomic_numbers))
@@ -196,14 +196,14 @@ def _job(entry: Mapping[str, Any]) -> Job:
     return Job(**{**entry, **nested, "symbols": tuple(entry["symbols"])})
 
 
-def write_splits(path: str | Path, plans: Iterable[Plan], given: Mapping[str, Sequence[str]]) -> None:
-    """Write the splits of several plans and of parents that come with no plan to one JSON file.
+def write_splits(path: str | Path, plans: Iterable[Plan], given: Splits | None = None) -> Splits:
+    """Write the splits of several plans and of parents that come with no plan to one JSON file, and return them.
 
     Parameters
     ----------
     path : path
     plans : iterable of Plan
-    given : mapping split → parents
+    given : Splits, optional
         Parents of label files that were not made from a plan.
 
     Raises
@@ -211,39 +211,10 @@ def write_splits(path: str | Path, plans: Iterable[Plan], given: Mapping[str, Se
     LabelError
         A parent is in two splits.
     """
-    splits = {split: list(given.get(split, ())) for split in SPLITS}
+    parents = {part: set() if given is None else set(getattr(given, part)) for part in PARTS}
     for plan in plans:
-        for split in SPLITS:
-            splits[split] += [parent for parent in plan.parents(split) if parent not in splits[split]]
-    check_splits(splits, str(path))
-    write_text(path, json.dumps(splits, indent=1) + "\n")
-
-
-def read_splits(path: str | Path) -> dict[str, list[str]]:
-    """Read splits: parents by `train`, `valid` and `test`.
-
-    Raises
-    ------
-    LabelError
-        The file is missing, no splits file, or has a parent twice.
-    """
-    try:
-        splits = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise LabelError(f"cannot read the splits {str(path)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise LabelError(f"{str(path)!r} is not JSON ({error})") from None
-    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
-        raise LabelError(f"{str(path)!r} must hold the lists {', '.join(SPLITS)}")
-    check_splits(splits, str(path))
+        for part in PARTS:
+            parents[part].update(plan.parents(part))
+    splits = Splits(**{part: frozenset(names) for part, names in parents.items()})
+    write_text(path, json.dumps({part: sorted(names) for part, names in parents.items()}, indent=1) + "\n")
     return splits
-
-
-def check_splits(splits: Mapping[str, Sequence[str]], where: str) -> None:
-    """Raise a LabelError where a parent occurs twice in some splits."""
-    seen: dict[str, str] = {}
-    for split, parents in splits.items():
-        for parent in parents:
-            if parent in seen:
-                raise LabelError(f"{where}: parent {parent!r} is in {seen[parent]} and in {split}; it belongs to one")
-            seen[parent] = split

@@ -9,7 +9,7 @@ proposal keeps the parent it came from, so the splits stay what they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Candidate:
 
 def propose(
     frames: Sequence[Atoms],
-    train_parents: Sequence[str],
+    train_parents: Collection[str],
     models: Sequence[MagneticMACE],
     recipe: Recipe,
     name: str,
@@ -94,7 +94,7 @@ def propose(
     ----------
     frames : sequence of Atoms
         Labels at hand, with info `parent`; those with spin-orbit coupling are left out.
-    train_parents : sequence of str
+    train_parents : collection of str
         Parents that may be used.
     models : sequence of MagneticMACE
         The committee.
