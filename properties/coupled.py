@@ -57,7 +57,7 @@ class CoupledOptions(Options):
     dim: tuple[int, ...] = option((), "supercell, three repeats or nine integers (default: from length)")
     length: float = option(10.0, "least height of the supercell in Å where dim is not given")
     max_atoms: int = option(1000, "largest supercell, in atoms")
-    path: str = option("auto", "special points of the bands; auto is the path of the Bravais lattice")
+    path: str = option("auto", "special points of the bands; auto is that of seekpath")
     points: int = option(201, "wave vectors along the path")
 
     def __post_init__(self) -> None:
@@ -282,7 +282,7 @@ class Coupled(Property):
         progress("Hessian", 0, 1)
         crystal = SpinLattice(phonon, moments, calculator, mode != "fixed")
         progress("Hessian", 1, 1)
-        q, position, labels = band_path(cell, self.options.path, self.options.points)
+        q, position, labels = band_path(cell, self.options.path, self.options.points, self.options.symprec)
         modes = crystal.modes(q)
         phonons, magnons = crystal.uncoupled(q)
         crossings = find_crossings(crystal, q, position, labels)
@@ -395,7 +395,8 @@ class Coupled(Property):
             q = ", ".join(f"{x:.3f}" for x in dataset["gap_q"].values[place])
             energy = float(dataset["gap_energy"].values[place])
             spread = None if members[place] < 2 else float(dataset["gap_std"].values[place])
-            segment = str(dataset["segment"].values[place[0]]).replace("G", "Γ")
+            ends = str(dataset["segment"].values[place[0]]).split("-")
+            segment = "-".join("Γ" if end == "G" else end for end in ends)
             label = f"gap on {segment} at q = ({q}), {energy:.2f} meV"
             label += "" if members[place] == count else f", in {members[place]} of {count} members"
             found.setdefault(label, Row(label, float(gaps[place]), "meV", spread))

@@ -50,7 +50,7 @@ class ExchangeOptions(Options):
     radius : least distance within which pairs are wanted, Å.
     states : random states per cone angle that the spin model is compared on.
     seed : of the random states.
-    path : special points of J(q); ``auto`` is the path of the Bravais lattice.
+    path : special points of J(q); ``auto`` is that of seekpath.
     points : wave vectors along the path.
     mesh : points per direction of the meshes of the RPA average and of the largest J(q).
     biquadratic : shells, the nearest first, whose bilinear and biquadratic exchange are fitted together.
@@ -64,7 +64,7 @@ class ExchangeOptions(Options):
     radius: float = option(5.0, "least distance within which pairs are wanted, Å")
     states: int = option(100, "random states per cone angle that the spin model is compared on; 0 leaves them out")
     seed: int = option(0, "seed of the random states")
-    path: str = option("auto", "special points of J(q); auto is the path of the Bravais lattice")
+    path: str = option("auto", "special points of J(q); auto is that of seekpath")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(24, "points per direction of the meshes of the RPA average and of the largest J(q)")
     biquadratic: int = option(2, "nearest shells whose J and biquadratic B are fitted together; 0 for none")
@@ -157,7 +157,7 @@ class Exchange(Property):
         dmi = 0.5 * np.einsum("cab,pab->pc", LEVI_CIVITA, tensor)
         distance = np.linalg.norm(pairs.vector, axis=1)
         symbols = np.array(cell.get_chemical_symbols())
-        q, position, labels = band_path(cell, self.options.path, self.options.points)
+        q, position, labels = band_path(cell, self.options.path, self.options.points, self.options.symprec)
         eigen = np.linalg.eigvalsh(model.isotropic_at(q))[:, -1]
         rotations = np.array([o[0] for o in reference.operations(joined.soc, *tolerances)])
         ordering, strongest = self._ordering(model, q, rotations)

@@ -48,7 +48,7 @@ class MagnonOptions(Options):
     tolerance : largest coupling that may be left beyond the unique images of the supercell, relative to the largest.
     max_atoms : largest supercell.
     radius : least distance within which pairs are wanted, Å.
-    path : special points; ``auto`` is the path of the Bravais lattice.
+    path : special points; ``auto`` is that of seekpath.
     points : wave vectors along the path.
     mesh : points per direction of the mesh of the density of states.
     width : Gaussian width of the density of states, meV; 0 takes a hundredth of the band width.
@@ -57,7 +57,7 @@ class MagnonOptions(Options):
     tolerance: float = option(1e-3, "largest coupling left beyond the supercell's unique images, relative")
     max_atoms: int = option(1000, "largest supercell, in atoms")
     radius: float = option(5.0, "least distance within which pairs are wanted, Å")
-    path: str = option("auto", "special points such as GHPGN; auto is the path of the Bravais lattice")
+    path: str = option("auto", "special points such as GHPGN; auto is that of seekpath")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(16, "points per direction of the mesh of the density of states")
     width: float = option(0.0, "Gaussian width of the density of states, meV; 0 takes 1/100 of the band width")
@@ -214,7 +214,7 @@ class Magnon(Property):
         progress("Hessian", 0, 1)
         waves = SpinWaves(box, moments, calculator)
         progress("Hessian", 1, 1)
-        q, position, labels = band_path(cell, self.options.path, self.options.points)
+        q, position, labels = band_path(cell, self.options.path, self.options.points, self.options.symprec)
         bands = waves.modes(q)
         steps = np.arange(self.options.mesh) / self.options.mesh
         mesh = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)

@@ -100,7 +100,7 @@ class PhononOptions(Options):
     slopes: bool = option(False, "compute the change of frequencies with |m| of each element")
     volumes: int = option(0, "volumes of the quasi-harmonic approximation, 5 or more; 0 leaves it out")
     strain: float = option(0.08, "largest expansion among them, relative; the largest compression is half of it")
-    path: str = option("auto", "special points of the bands; auto is the path of the Bravais lattice")
+    path: str = option("auto", "special points of the bands; auto is that of seekpath")
     points: int = option(101, "wave vectors along the path")
     mesh: int = option(16, "wave vectors per direction of the mesh of densities and thermal properties")
     t_max: float = option(1000.0, "highest temperature, K")
@@ -259,7 +259,9 @@ class Phonon(Property):
         method = self._method(calculator)
         work = Work(self.options, calculator, mode, method, progress)
         found = work.harmonic(plan.lattice, plan.first, plan.lengths, plan.operations, "force constants")
-        q, position, labels = band_path(ase_atoms(found.phonon.primitive), self.options.path, self.options.points)
+        q, position, labels = band_path(
+            ase_atoms(found.phonon.primitive), self.options.path, self.options.points, self.options.symprec
+        )
         data, coords = self._bands(found, q, position)
         if self.options.method == "both":
             other = Work(self.options, calculator, mode, "displacements", progress)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from .errors import OptionError
 from .files import write_whole
 
+GREEK = {"Delta": "Δ", "Lambda": "Λ", "Sigma": "Σ"}
 FORMATS = (".png", ".pdf", ".svg")
 COLOURS = ("#0b6e99", "#c8553d", "#5b8c5a", "#7a5195")
 
@@ -165,7 +166,9 @@ def _mark(axes: Any, labels: list[list[Any]], offset: float) -> None:
     """Draw the special points of a path; two at one place share it."""
     merged: dict[float, list[str]] = {}
     for name, x in labels:
-        merged.setdefault(round(float(x), 6), []).append("Γ" if name == "G" else str(name))
+        letter = str(name).rstrip("0123456789")
+        shown = "Γ" if name == "G" else str(name).replace(letter, GREEK.get(letter, letter))
+        merged.setdefault(round(float(x), 6), []).append(shown)
     for x, names in merged.items():
         axes.axvline(x, color="0.8", lw=0.8, zorder=0)
         if offset:

@@ -52,7 +52,7 @@ class SpiralOptions(Options):
 
     Parameters
     ----------
-    path : special points such as ``GHPGN``; ``auto`` is the path of the Bravais lattice.
+    path : special points such as ``GHPGN``; ``auto`` is that of seekpath.
     points : wave vectors along the path.
     q : wave vectors instead of a path, three numbers each, in the reciprocal lattice of the structure given.
     axis : what the moments turn about, Cartesian.
@@ -60,7 +60,7 @@ class SpiralOptions(Options):
     mesh : points per direction of the mesh on which the lowest spiral is looked for; 0 leaves it out.
     """
 
-    path: str = option("auto", "special points such as GHPGN; auto is the path of the Bravais lattice")
+    path: str = option("auto", "special points such as GHPGN; auto is that of seekpath")
     points: int = option(61, "wave vectors along the path")
     q: tuple[float, ...] = option((), "wave vectors instead of a path, three numbers each, reciprocal lattice units")
     axis: tuple[float, ...] = option((0.0, 0.0, 1.0), "axis the moments turn about, Cartesian")
@@ -164,7 +164,7 @@ class SpinSpiral(Property):
             steps = np.arange(-4, 5) / 8
             q = np.concatenate([np.outer(steps, unit) for unit in np.eye(3)])
             return Waves(q, np.arange(len(q), dtype=float), [])
-        return Waves(*band_path(cell, self.options.path, self.options.points))
+        return Waves(*band_path(cell, self.options.path, self.options.points, self.options.symprec))
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute E(q), moments, and the lowest spiral with one model."""

@@ -1,9 +1,11 @@
 """Moment patterns, the symmetry of one that turns freely against the lattice, and its frame."""
 
 import itertools
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import seekpath
 import spglib
 from ase import Atoms
 from numpy.typing import NDArray
@@ -196,14 +198,69 @@ def orbit(axis: Array, rotations: Array) -> Array:
     return np.array(found)
 
 
-def band_path(cell: Atoms, path: str, points: int) -> tuple[Array, Array, list[tuple[str, float]]]:
+def special_points(cell: Atoms, symprec: float) -> tuple[dict[str, Array], str]:
+    """Return the special points of a crystal and the path through them.
+
+    They are those of Y. Hinuma et al., Comput. Mater. Sci. 128, 140 (2017), by seekpath, in the cell as it is. An order
+    that enlarges the cell of the crystal has the path of its own lattice, which the atoms alone do not show.
+
+    Parameters
+    ----------
+    cell : the primitive cell of crystal and order.
+    symprec : tolerance in Å.
+
+    Returns
+    -------
+    Points in the reciprocal lattice of the cell, shape (3,), by name, G for Γ; and the path as names, a comma where it
+    jumps.
+
+    Raises
+    ------
+    StructureError : no symmetry is found at this tolerance.
+    """
+    lattice = cell.cell[:]
+    with warnings.catch_warnings():
+        # enlarged and edge cases: both are paths of this cell
+        warnings.simplefilter("ignore")
+        try:
+            crystal = (lattice, cell.get_scaled_positions(), cell.numbers)
+            found = seekpath.get_path_orig_cell(crystal, symprec=symprec)
+            if found["is_supercell"]:
+                found = seekpath.get_path_orig_cell((lattice, [[0.0, 0.0, 0.0]], [1]), symprec=symprec)
+        except (seekpath.hpkot.SymmetryDetectionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise StructureError(
+                f"no path is found in this lattice ({reason}); choose another --symprec, or points of your own"
+            ) from error
+    points = {_point_name(name): np.round(q, 12) + 0.0 for name, q in found["point_coords"].items()}
+    path, last = "", None
+    for start, end in found["path"]:
+        if start != last:
+            path += ("," if path else "") + _point_name(start)
+        path += _point_name(end)
+        last = end
+    return points, path
+
+
+def _point_name(name: str) -> str:
+    """Return the name of a special point as a capital, small letters and a digit: G for Γ, G1 for another G."""
+    letter, _, number = name.partition("_")
+    if name in ("GAMMA", "G"):
+        return "G" if name == "GAMMA" else "G1"
+    return letter.capitalize() + number
+
+
+def band_path(
+    cell: Atoms, path: str, points: int, symprec: float = 1e-3
+) -> tuple[Array, Array, list[tuple[str, float]]]:
     """Return wave vectors along a path through special points of a lattice.
 
     Parameters
     ----------
     cell : the primitive cell.
-    path : special points such as ``GHPGN``; ``auto`` is the path of the Bravais lattice.
+    path : special points such as ``GHPGN``; ``auto`` is the path of the crystal, see `special_points`.
     points : number of wave vectors.
+    symprec : tolerance in Å.
 
     Returns
     -------
@@ -213,12 +270,15 @@ def band_path(cell: Atoms, path: str, points: int) -> tuple[Array, Array, list[t
     Raises
     ------
     OptionError : the lattice has no such path.
+    StructureError : no symmetry is found at this tolerance.
     """
+    known, usual = special_points(cell, symprec)
     try:
-        found = cell.cell.bandpath(None if path == "auto" else path, points)
+        found = cell.cell.bandpath(usual if path == "auto" else path, points, special_points=known)
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise OptionError(f"no path '{path}' in this lattice ({reason}); give other points") from error
+        raise OptionError(
+            f"no path '{path}' in this lattice; its points are {', '.join(sorted(known))}, and its path is {usual}"
+        ) from error
     position, places, names = found.get_linear_kpoint_axis()
     labels = [(str(n), float(x)) for n, x in zip(names, places, strict=True)]
     return np.asarray(found.kpts, dtype=float), np.asarray(position, dtype=float), labels

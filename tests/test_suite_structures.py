@@ -1,5 +1,7 @@
 """Reading structures and moments, guesses of orders, and refusals."""
 
+import itertools
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -17,7 +19,8 @@ from mmace_props.structures import (
     read_structure,
     start_structure,
 )
-from mmace_props.symmetry import band_path, orbit, pattern_symmetry
+from mmace_props.symmetry import band_path, orbit, pattern_symmetry, special_points
+from scipy.spatial.transform import Rotation
 
 from .toys import CapableToy, Heisenberg, Landau, Toy
 
@@ -248,6 +251,61 @@ def test_path_is_measured_in_radians_per_angstrom():
     np.testing.assert_allclose(np.diff(position), steps, atol=1e-12)
     with pytest.raises(OptionError, match="no path 'XYZW'"):
         band_path(cell, "XYZW", 30)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "segments"),
+    [
+        (bulk("Fe", a=2.83), "GH HN NG GP PH PN"),
+        (bulk("Ni", a=3.5), "GX XU KG GL LW WX"),
+        (bulk("Co", "hcp", a=2.5, c=4.1), "GM MK KG GA AL LH HA LM HK"),
+        (Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.9] * 3, pbc=True), "GX XM MG GR RX RM"),
+    ],
+    ids=["bcc", "fcc", "hcp", "B2"],
+)
+def test_paths_of_seekpath(atoms, segments):
+    """Hinuma's paths; their points lie where the lattice's other tables have those of the same name."""
+    points, path = special_points(atoms, 1e-3)
+    found = [a + b for part in path.split(",") for a, b in itertools.pairwise(part)]
+    assert sorted("".join(sorted(x)) for x in found) == sorted("".join(sorted(x)) for x in segments.split())
+    for name, q in atoms.cell.bandpath().special_points.items():
+        lengths = [np.linalg.norm(x @ atoms.cell.reciprocal()[:]) for x in (q, points[name])]
+        assert lengths[0] == pytest.approx(lengths[1], abs=1e-9)
+
+
+def test_path_is_that_of_the_crystal_and_not_of_its_lattice():
+    """A layered crystal in a cell that is cubic by chance has the points of a tetragonal one."""
+    layered = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0]], cell=[3.0] * 3, pbc=True)
+    points, _ = special_points(layered, 1e-3)
+    assert {"Z", "A", "M", "R", "X"} <= set(points)
+    np.testing.assert_allclose(points["Z"], [0, 0, 0.5])
+    # atoms that an order alone tells apart: the path of the enlarged cell
+    enlarged, _ = special_points(bulk("Fe", cubic=True, a=2.83), 1e-3)
+    np.testing.assert_allclose(enlarged["R"], [0.5, 0.5, 0.5])
+
+
+def test_path_of_a_skewed_primitive_cell():
+    """Any primitive cell in any orientation has the same path through space."""
+    cell = bulk("Fe", a=2.83)
+    turn = Rotation.from_rotvec([0.3, -0.5, 0.7])
+    skewed = cell.copy()
+    skewed.set_cell(turn.apply(np.array([[1, 2, 0], [0, 1, -1], [0, 0, 1]]) @ cell.cell[:]))
+    straight, other = (band_path(atoms, "auto", 60) for atoms in (cell, skewed))
+    assert [name for name, _ in straight[2]] == [name for name, _ in other[2]]
+    np.testing.assert_allclose(straight[1], other[1], atol=1e-8)
+    q = np.linalg.norm(straight[0] @ cell.cell.reciprocal()[:], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(other[0] @ skewed.cell.reciprocal()[:], axis=1), q, atol=1e-8)
+
+
+def test_two_points_called_g():
+    """Γ is G; another point that the tables call G is G1."""
+    cell = Atoms("Fe", cell=[[-1.4, 1.4, 2.2], [1.4, -1.4, 2.2], [1.4, 1.4, -2.2]], pbc=True)
+    points, path = special_points(cell, 1e-3)
+    assert not points["G"].any()
+    assert points["G1"].any()
+    assert "G1" in path
+    with pytest.raises(OptionError, match=r"its points are G, G1, .*, and its path is G"):
+        band_path(cell, "GW", 20)
 
 
 def test_formula_keeps_the_order_of_the_elements():
