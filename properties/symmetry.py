@@ -229,9 +229,7 @@ def special_points(cell: Atoms, symprec: float) -> tuple[dict[str, Array], str]:
                 found = seekpath.get_path_orig_cell((lattice, [[0.0, 0.0, 0.0]], [1]), symprec=symprec)
         except (seekpath.hpkot.SymmetryDetectionError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise StructureError(
-                f"no path is found in this lattice ({reason}); choose another --symprec, or points of your own"
-            ) from error
+            raise StructureError(f"no path is found in this lattice ({reason}); choose another --symprec") from error
     points = {_point_name(name): np.round(q, 12) + 0.0 for name, q in found["point_coords"].items()}
     path, last = "", None
     for start, end in found["path"]:

@@ -1,17 +1,20 @@
 """Ordering temperatures of spin models whose temperatures are known, and one engine against the other."""
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
 import xarray as xr
 from ase import Atoms
 from ase.build import bulk
+from ase.io.jsonio import decode
 from mmace_props import curie
 from mmace_props.base import write_dataset
 from mmace_props.curie import Curie, measured_temperature, spirit_is_installed, spirit_walk
 from mmace_props.errors import CalculatorError, MomentError, OptionError
 from mmace_props.exchange import Exchange
+from mmace_props.export import spin_table, spirit
 from mmace_props.journal import Journal
 from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.sampling import Walkers, statistics
@@ -60,6 +63,61 @@ def test_two_engines_on_one_model():
         (a, da), (b, db) = getattr(here, name), getattr(there, name)
         assert abs(a - b) < 4.5 * np.hypot(da, db), name
         assert np.hypot(da, db) < 0.1 * abs(a), name
+
+
+def metropolis(exchange, size, temperature, samples, seed, **cone):
+    """Energies (S, 1) in eV above the start by Spirit's Metropolis sweeps, five apart."""
+    from spirit import simulation, state, system
+    from spirit.parameters import mc
+
+    text = spirit(spin_table(exchange), drop=True)["spirit.cfg"]
+    text = text.replace("n_basis_cells 8 8 8", f"n_basis_cells {size} {size} {size}")
+    energies = []
+    with tempfile.TemporaryDirectory() as folder, curie._silence():
+        path = os.path.join(folder, "spirit.cfg")
+        with open(path, "w") as file:
+            file.write(text + f"log_to_file 0\nlog_to_console 0\nmc_seed {seed}\n")
+        with state.State(path, quiet=True) as handle:
+            system.get_spin_directions(handle)[:] = np.tile([0.0, 0.0, 1.0], (size**3, 1))
+            system.update_data(handle)
+            start = system.get_energy(handle)
+            mc.set_temperature(handle, temperature)
+            mc.set_metropolis_cone(handle, **cone)
+            limit = 12 * samples
+            simulation.start(handle, simulation.METHOD_MC, n_iterations=limit, n_iterations_log=limit, single_shot=True)
+            simulation.n_shot(handle, samples)
+            for _ in range(samples):
+                simulation.n_shot(handle, 5)
+                system.update_data(handle)
+                energies.append((system.get_energy(handle) - start) * 1e-3)
+            simulation.stop(handle)
+    return np.array(energies)[:, None]
+
+
+@needs_spirit
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="Spirit 2.2.0's Metropolis sweeps do not sample the Boltzmann distribution",
+)
+@pytest.mark.parametrize(
+    "cone",
+    [
+        {"use_cone": True, "use_adaptive_cone": True},
+        {"use_cone": True, "cone_angle": 80, "use_adaptive_cone": False},
+        {"use_cone": False, "use_adaptive_cone": False},
+    ],
+    ids=["adaptive", "cone", "sphere"],
+)
+def test_spirit_metropolis_on_a_chain(cone):
+    """What thermal motion gives right on the chain; should sweeps do so one day, they are the better engine."""
+    atoms = with_moments(Atoms("Fe", cell=[2.4, 4.0, 4.0], pbc=True), [[0, 0, M]])
+    exchange = Exchange(states=0, points=5, mesh=4, radius=2.6).run(atoms, toy())
+    temperature = 0.7 * BOND / BOLTZMANN
+    energy = metropolis(exchange, 10, temperature, 150, 3, **cone)
+    found = statistics(energy, np.ones((*energy.shape, 3)), BOLTZMANN * temperature)
+    expected = 1000 * BOND * (1 - 1 / np.tanh(1 / 0.7) + 0.7)
+    assert abs(found.energy[0] - expected) < 4.5 * found.energy[1] + 1e-2 * expected
 
 
 @needs_spirit
@@ -148,6 +206,36 @@ def test_antiferromagnets_order_by_their_signs():
     assert data.attrs["measured"] == "CrN"
     assert float(data["tc_measured"]) == 280
     assert data["run_atoms"].values.tolist() == [16]
+
+
+def test_the_lowest_order_is_the_reference():
+    """Second neighbours of rocksalt make layers along [111], not the [001] of its nearest antiferromagnet."""
+    atoms = bulk("CrN", "rocksalt", a=4.1)
+    model = CapableToy(Heisenberg(-2e-3, 3.0), Heisenberg(-3e-3, 4.2), soc=False)
+    atoms = with_moments(atoms, [2.5, 0.0])
+    options = {"ways": ("directions",), "sizes": (1,), "trajectories": 8, "steps": 1, "radius": 4.2}
+    data = Curie(orders="auto", **options).run(atoms, model)
+    assert data.attrs["order"].startswith("afm")
+    assert "note" not in data.attrs
+    # the Hamiltonian's second term reaches both shells; nearest neighbours are half up, half down
+    mean_field = 2 / 3 * 6 * 3e-3 * 2.5**2 / BOLTZMANN
+    assert float(data["tc_mean_field"]) == pytest.approx(mean_field, rel=1e-6)
+    assert data.attrs["ordering"] == "q = (0, 0, 0)"
+    # [001]: four of twelve nearest neighbours and all six next ones are parallel; [111]: six, and none
+    low, high = -6 * 3e-3 * 2.5**2, -(4 * 5e-3 - 6 * 3e-3) * 2.5**2
+    assert float(data.attrs["order_ahead"]) == pytest.approx(1e3 * (high - low) / 2, rel=1e-6)
+    assert len(decode(data.attrs["order_structure"])) == 4
+    labels = {row.label: row.value for row in Curie().summary(data)}
+    assert labels["lowest order"] == f"{data.attrs['order']}, {1e3 * (high - low) / 2:.3g} meV/atom below the next"
+    fm = Curie(temperatures=(100.0,), **options).run(atoms, model)
+    assert "order" not in fm.attrs
+    assert "J(q) is largest at q = " in fm.attrs["note"]
+    with pytest.raises(OptionError, match="there are more than 2 orders"):
+        Curie(orders="auto", max_orders=2, **options).run(atoms, model)
+    with pytest.raises(MomentError, match="the state without moments is the lowest"):
+        Curie(orders="auto", **options).run(
+            with_moments(cubic(), [[0, 0, 1.0]]), CapableToy(Landau(-0.5, 0.01), soc=False)
+        )
 
 
 def test_an_order_that_is_not_the_lowest_is_said_to_be_none():
