@@ -15,7 +15,7 @@ from ase.units import GPa
 from mmace.cli import main
 from mmace.data import fingerprint, read_labels
 from mmace.derivatives import evaluate
-from mmace.errors import LabelError, MMACEError, ModelFileError
+from mmace.errors import LabelError, MMACEError, ModelFileError, StructureError
 from mmace.graph import Graph
 from mmace.io import load_model, model_files, save_model
 from mmace.model import MagneticMACE, ModelConfig
@@ -316,7 +316,7 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
 
 def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(teacher, labels):
     from mmace.training.batches import composition
-    from mmace.training.restraint import crystals_to_shake, floor_loss, pushed_down, shake
+    from mmace.training.restraint import ShakenCell, crystals_to_shake, floor_loss, pushed_down, shake
 
     ground = ground_energies(labels["train"])
     crystals = crystals_to_shake(labels["train"], ground)
@@ -351,6 +351,11 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     def energies(some):
         graph = Graph.collate([Graph.from_atoms(c.atoms, teacher.elements, teacher.config.cutoff) for c in some])
         return graph.per_structure(teacher.site_energies(graph))[0].detach().numpy()
+
+    beside = Atoms("FeAl", positions=[[0, 0, 0], [0, 0, 0.55]], cell=[9.0] * 3, pbc=True, magmoms=[0.0, 0.0])
+    near = ShakenCell(beside, beside.positions, 0.0, Graph.from_atoms(beside, teacher.elements, teacher.config.cutoff))
+    with pytest.raises(StructureError, match="overlap"):
+        near.moved(np.array([[0, 0, 0.1], [0, 0, -0.1]]), teacher)
 
     steps = [
         np.linalg.norm(a.atoms.positions - b.atoms.positions, axis=1).max() for a, b in zip(lower, cells, strict=True)

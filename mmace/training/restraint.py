@@ -21,7 +21,7 @@ from matscipy.neighbours import neighbour_list
 from ..data import LabelledStructure
 from ..derivatives import evaluate
 from ..errors import StructureError
-from ..graph import Graph, check_structure
+from ..graph import Graph
 from ..model import MagneticMACE
 from .batches import Composition, LabelBatch, composition
 
@@ -152,17 +152,20 @@ class ShakenCell:
         Positions without the displacements, Å.
     ground : float
         Lowest energy known of its composition, eV/atom.
+    graph : Graph
+        The structure for the model.
     """
 
     atoms: Atoms
     sites: np.ndarray
     ground: float
+    graph: Graph
 
-    def moved(self, step: np.ndarray) -> ShakenCell:
-        """The same cell with all atoms moved by `step` (N, 3), Å."""
+    def moved(self, step: np.ndarray, model: MagneticMACE) -> ShakenCell:
+        """The same cell with all atoms moved by `step` (N, 3), Å; StructureError where atoms overlap then."""
         atoms = self.atoms.copy()
         atoms.positions += step - step.mean(0)
-        return replace(self, atoms=atoms)
+        return replace(self, atoms=atoms, graph=_graph(atoms, model))
 
     def floor(self, stiffness: float) -> float:
         """Energy that the cell lies above, eV/atom, for a least curvature in eV/Å²."""
@@ -217,9 +220,11 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
             lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
             atoms.set_initial_magnetic_moments(lengths[:, None] * _directions(n_atoms, rng))
         displacement = _approach(atoms, rng) if rng.random() < 0.5 else _everywhere(n_atoms, rng)
-        cell = ShakenCell(atoms, atoms.positions.copy(), crystal.ground).moved(displacement)
-        if _possible(cell, model):
-            return cell
+        try:
+            still = ShakenCell(atoms, atoms.positions.copy(), crystal.ground, _graph(atoms, model))
+            return still.moved(displacement, model)
+        except StructureError:
+            continue
 
 
 def pushed_down(model: MagneticMACE, cells: Sequence[ShakenCell]) -> list[ShakenCell]:
@@ -232,14 +237,17 @@ def pushed_down(model: MagneticMACE, cells: Sequence[ShakenCell]) -> list[Shaken
     cells : sequence of ShakenCell
         From `shake`.
     """
-    forces = evaluate(model, _collated(model, cells), forces=True, stress=False, magnetic_forces=False).forces
+    graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
+    forces = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False).forces
     assert forces is not None
     found = []
     ends = np.cumsum([len(cell.atoms) for cell in cells])[:-1]
     for cell, own in zip(cells, np.split(forces.detach().cpu().double().numpy(), ends), strict=True):
         longest = np.linalg.norm(own, axis=1).max()
-        moved = cell.moved(PUSH * own / max(longest, SMALLEST_FORCE))
-        found.append(moved if _possible(moved, model) else cell)
+        try:
+            found.append(cell.moved(PUSH * own / max(longest, SMALLEST_FORCE), model))
+        except StructureError:
+            found.append(cell)
     return found
 
 
@@ -255,7 +263,7 @@ def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell], stiffness: floa
     stiffness : float
         Least curvature of the energy in the displacement of an atom, eV/Å².
     """
-    graph = _collated(model, cells)
+    graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
     floors = torch.tensor([cell.floor(stiffness) for cell in cells], dtype=torch.float64, device=model.device)
     energies = graph.per_structure(model.site_energies(graph))[0] / graph.counts
     return _penalty(torch.relu(floors - energies) / FLOOR_TOLERANCE).mean()
@@ -311,18 +319,8 @@ def _approach(atoms: Atoms, rng: np.random.Generator) -> np.ndarray:
     return displacement
 
 
-def _collated(model: MagneticMACE, cells: Sequence[ShakenCell]) -> Graph:
-    config = model.config
-    graphs = [Graph.from_atoms(cell.atoms, config.elements, config.cutoff, dtype=model.dtype) for cell in cells]
-    return Graph.collate(graphs).to(model.device)
-
-
-def _possible(cell: ShakenCell, model: MagneticMACE) -> bool:
-    try:
-        check_structure(cell.atoms, model.config.elements)
-    except StructureError:
-        return False
-    return True
+def _graph(atoms: Atoms, model: MagneticMACE) -> Graph:
+    return Graph.from_atoms(atoms, model.config.elements, model.config.cutoff, dtype=model.dtype)
 
 
 def _directions(count: int, rng: np.random.Generator) -> np.ndarray:
