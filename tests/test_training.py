@@ -547,6 +547,19 @@ def test_float32_and_early_stop(labels, tmp_path):
     assert outcome.epoch < 50
 
 
+def test_last_weights_are_kept_on_request(labels, tmp_path):
+    unstable = {"learning_rate": 0.3, "final_learning_rate": 0.3, "warmup_steps": 0, "epochs": 4, "validate_every": 1}
+    best, last = (
+        train(labels["train"], labels["valid"], recipe(keep=keep, **unstable), tmp_path / keep)
+        for keep in ("best", "last")
+    )
+    scores = [json.loads(line)["valid_score"] for line in (tmp_path / "best" / "log.jsonl").read_text().splitlines()]
+    assert best.best_score == min(scores) < scores[-1] == last.best_score
+    assert last.best_epoch == 4
+    with pytest.raises(MMACEError, match="choose best or last"):
+        recipe(keep="worst")
+
+
 def test_training_needs_both_kinds_of_labels(labels, tmp_path):
     with pytest.raises(LabelError, match="give both"):
         train(labels["train"], [], recipe(), tmp_path)

@@ -350,7 +350,7 @@ class _Run:
         trained = sum(self.processes.gathered(self.terms)) / self.terms_steps
         train_terms = dict(zip(TERMS, trained.tolist(), strict=True))
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
-        if score < self.best_score:
+        if score < self.best_score or self.recipe.keep == "last":
             self.best_epoch, self.best_score = self.epoch, score
             self.best = {name: value.clone() for name, value in self.average.items()}
         errors = errors_of(self.valid_labels, self._predictions(model)).to_dict()

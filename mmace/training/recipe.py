@@ -96,6 +96,8 @@ class Recipe:
     least_stiffness : float
         Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least; a small part of that of the
         softest crystal.
+    keep : str
+        Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
         Stop after this many epochs without a better validation.
     dtype : str
@@ -117,6 +119,7 @@ class Recipe:
     validate_every: int = 5
     restrain_every: int = 2
     least_stiffness: float = 0.5
+    keep: str = "best"
     patience: int = 200
     dtype: str = "float64"
 
@@ -126,6 +129,8 @@ class Recipe:
             raise RecipeError(
                 f"the recipe's model has no setting {unknown[0]}: choose among {', '.join(MODEL_SETTINGS)}."
             )
+        if self.keep not in ("best", "last"):
+            raise RecipeError(f"the recipe keeps the {self.keep} weights: choose best or last.")
         if self.dtype not in ("float64", "float32"):
             raise RecipeError(f"the recipe's dtype is {self.dtype}: choose float64 or float32.")
         for name in ("epochs", "batch_size", "groups_per_step", "validate_every", "patience"):
