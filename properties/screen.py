@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from logging import ERROR
@@ -241,7 +241,7 @@ def _engine(jobs: int, dask: str) -> Iterator[int]:
             cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None, silence_logs=ERROR)
         else:
             cluster = None
-        client = Client(cluster if cluster is not None else dask, timeout="5s")
+        client = Client(dask, timeout="5s") if cluster is None else Client(cluster)
     except (OSError, ValueError, TimeoutError) as error:
         raise OptionError(f"no Dask scheduler answers at '{dask}' ({' '.join(str(error).split())[:120]})") from error
     try:
@@ -250,7 +250,9 @@ def _engine(jobs: int, dask: str) -> Iterator[int]:
     finally:
         client.close()
         if cluster is not None:
-            cluster.close()
+            # the results are there; workers that a busy machine does not end in time are killed
+            with suppress(TimeoutError):
+                cluster.close()
 
 
 def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:

@@ -111,7 +111,7 @@ def test_spiral(results, crystal):
     assert data["energy"].shape == (20,)
     assert not data["q"].values[0].any()
     assert data["length"].shape[0] == 20
-    assert np.ptp(data["energy"].values) > 1
+    assert np.ptp(data["energy"].values) > 0.1
     assert json.loads(data.attrs["path_labels"])[0] == ["G", 0.0]
 
 

@@ -257,13 +257,14 @@ def run_processes(count, files, out, recipe):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return records, load_model(out / "model.safetensors")
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_follow_the_curve_of_one(files, labels, tmp_path):
     settings = {k: v for k, v in vars(CONFIG).items() if k in ("channels", "max_ell", "correlation", "num_layers")}
     small = {**settings, "num_bessel": 3, "radial_mlp": (4,), "cutoff": 3.2, "readout_hidden": 4, "num_chebyshev": 2}

@@ -90,13 +90,20 @@ def test_processes_give_what_one_gives(crystals):
         xr.testing.assert_identical(a.load(), b.load())
 
 
-def test_a_dask_cluster_gives_what_one_gives(crystals):
-    """Two workers of a local cluster, which are shut down afterwards."""
+def test_a_dask_cluster_gives_what_one_gives(crystals, monkeypatch):
+    """Two workers of a local cluster, which are shut down afterwards, however long that takes them."""
     distributed = pytest.importorskip("distributed")
-    assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "a.nc", "--quiet") == 0
-    assert (
-        run("screen", crystals, *EOS, "--calculator", TOY, "-o", "b.nc", "--jobs", 2, "--dask", "local", "--quiet") == 0
-    )
+    command = ("screen", crystals, *EOS, "--calculator", TOY, "--quiet")
+    assert run(*command, "-o", "a.nc") == 0
+    close = distributed.LocalCluster.close
+
+    def late(cluster, timeout=None):
+        close(cluster, timeout)
+        raise TimeoutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed.LocalCluster, "close", late)
+        assert run(*command, "-o", "b.nc", "--jobs", 2, "--dask", "local") == 0
     with xr.open_dataset("a.nc") as a, xr.open_dataset("b.nc") as b:
         xr.testing.assert_identical(a.load(), b.load())
     with pytest.raises(ValueError, match="No global client"):
@@ -105,7 +112,7 @@ def test_a_dask_cluster_gives_what_one_gives(crystals):
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
         address = cluster.scheduler_address
-        assert run("screen", crystals, *EOS, "--calculator", TOY, "-o", "c.nc", "--dask", address, "--quiet") == 0
+        assert run(*command, "-o", "c.nc", "--dask", address) == 0
     with xr.open_dataset("a.nc") as a, xr.open_dataset("c.nc") as c:
         xr.testing.assert_identical(a.load(), c.load())
 
