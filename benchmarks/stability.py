@@ -28,6 +28,7 @@ from mmace.derivatives import evaluate
 from mmace.errors import StructureError
 from mmace.files import whole_file
 from mmace.graph import Graph
+from mmace.training.restraint import random_directions
 
 HOLE = 0.05  # eV/atom
 VOLUME_CHANGE, LONGEST_MOMENT, DISPLACEMENT = 0.2, 1.5, 0.4
@@ -62,17 +63,12 @@ def perturbed(crystal: Atoms, calculator: MMACECalculator, rng: np.random.Genera
     scale = (1 + rng.uniform(-VOLUME_CHANGE, VOLUME_CHANGE)) ** (1 / 3)
     atoms.set_cell(scale * atoms.cell.array, scale_atoms=True)
     lengths = DISPLACEMENT * rng.random((len(atoms), 1)) ** (1 / 3)
-    atoms.positions += lengths * _directions(len(atoms), rng)
+    atoms.positions += lengths * random_directions(len(atoms), rng)
     config = calculator.models[0].config
     longest = np.array([config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols])
     size = LONGEST_MOMENT * longest * rng.random(len(atoms))
-    atoms.set_initial_magnetic_moments(size[:, None] * _directions(len(atoms), rng))
+    atoms.set_initial_magnetic_moments(size[:, None] * random_directions(len(atoms), rng))
     return atoms
-
-
-def _directions(count: int, rng: np.random.Generator) -> np.ndarray:
-    vectors = rng.normal(size=(count, 3))
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def ground_state(crystal: Atoms, moment: float, calculator: MMACECalculator) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from ase import Atoms
 
 from ..data import LabelledStructure
 from ..graph import Graph
@@ -112,7 +113,7 @@ class LabelBatch:
         along_alone = np.isfinite(along).all(1, keepdims=True) & (magnitude > SMALL_MOMENT)
         magnetic_forces = np.where(along_alone, along, label.magnetic_forces)
         return cls(
-            graph=_graph(label, model),
+            graph=graph_of(label.atoms(), model, float(label.soc)),
             energy=Target.of(np.array([label.energy]), wider * tolerances.energy * len(label), torch.float64),
             forces=Target.of(label.forces, _widened(wider * tolerances.forces, relative, label.forces), dtype),
             stress=Target.of(
@@ -164,7 +165,7 @@ class DirectionBatch:
         size = np.sqrt(np.nanmean(relative**2))
         tolerance = tolerances.anisotropy * len(group[0]) + tolerances.relative_anisotropy * size
         return cls(
-            graph=_graph(group[0], model),
+            graph=graph_of(group[0].atoms(), model, float(group[0].soc)),
             moments=torch.tensor(np.stack([label.moments for label in group]), dtype=model.dtype),
             energy=Target.of(relative[:, None], tolerance, torch.float64),
         )
@@ -195,9 +196,10 @@ class DirectionBatch:
         return DirectionBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def _graph(label: LabelledStructure, model: MagneticMACE) -> Graph:
+def graph_of(atoms: Atoms, model: MagneticMACE, soc: float = 0.0) -> Graph:
+    """Graph of a structure with moments for a model, with spin-orbit switch `soc`."""
     config = model.config
-    return Graph.from_atoms(label.atoms(), config.elements, config.cutoff, soc=float(label.soc), dtype=model.dtype)
+    return Graph.from_atoms(atoms, config.elements, config.cutoff, soc=soc, dtype=model.dtype)
 
 
 def composition(label: LabelledStructure) -> Composition:

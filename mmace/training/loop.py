@@ -232,7 +232,8 @@ class _Run:
             math.ceil((len(self.labels) + self.replayed) / recipe.batch_size),
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
-        crystals = crystals_to_shake([*train_labels, *(() if start is None else start.replay)], self.ground)
+        known_labels = [*train_labels, *(() if start is None else start.replay)] if recipe.restrain_every else []
+        crystals = crystals_to_shake(known_labels, self.ground)
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)

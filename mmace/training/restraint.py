@@ -23,7 +23,7 @@ from ..derivatives import evaluate
 from ..errors import StructureError
 from ..graph import Graph
 from ..model import MagneticMACE
-from .batches import Composition, LabelBatch, composition
+from .batches import Composition, LabelBatch, composition, graph_of
 
 LEAST_SLOPE = 0.2  # eV/µB, dE/d|m| beyond the labels' range
 SLOPE_TOLERANCE = 0.1  # eV/µB
@@ -165,7 +165,7 @@ class ShakenCell:
         """The same cell with all atoms moved by `step` (N, 3), Å; StructureError where atoms overlap then."""
         atoms = self.atoms.copy()
         atoms.positions += step - step.mean(0)
-        return replace(self, atoms=atoms, graph=_graph(atoms, model))
+        return replace(self, atoms=atoms, graph=graph_of(atoms, model))
 
     def floor(self, stiffness: float) -> float:
         """Energy that the cell lies above, eV/atom, for a least curvature in eV/Å²."""
@@ -218,11 +218,12 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
         if rng.random() < 0.5:
             longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
             lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
-            atoms.set_initial_magnetic_moments(lengths[:, None] * _directions(n_atoms, rng))
+            atoms.set_initial_magnetic_moments(lengths[:, None] * random_directions(n_atoms, rng))
+        sites = atoms.positions.copy()
         displacement = _approach(atoms, rng) if rng.random() < 0.5 else _everywhere(n_atoms, rng)
+        atoms.positions += displacement - displacement.mean(0)
         try:
-            still = ShakenCell(atoms, atoms.positions.copy(), crystal.ground, _graph(atoms, model))
-            return still.moved(displacement, model)
+            return ShakenCell(atoms, sites, crystal.ground, graph_of(atoms, model))
         except StructureError:
             continue
 
@@ -301,7 +302,7 @@ def _penalty(x: torch.Tensor) -> torch.Tensor:
 def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
     """Displacements in balls of one radius for all atoms."""
     lengths = LARGEST_DISPLACEMENT * rng.random() * rng.random((n_atoms, 1)) ** (1 / 3)
-    return lengths * _directions(n_atoms, rng)
+    return lengths * random_directions(n_atoms, rng)
 
 
 def _approach(atoms: Atoms, rng: np.random.Generator) -> np.ndarray:
@@ -319,10 +320,7 @@ def _approach(atoms: Atoms, rng: np.random.Generator) -> np.ndarray:
     return displacement
 
 
-def _graph(atoms: Atoms, model: MagneticMACE) -> Graph:
-    return Graph.from_atoms(atoms, model.config.elements, model.config.cutoff, dtype=model.dtype)
-
-
-def _directions(count: int, rng: np.random.Generator) -> np.ndarray:
+def random_directions(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Unit vectors, evenly spread over the sphere, shape (count, 3)."""
     vectors = rng.normal(size=(count, 3))
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
