@@ -18,12 +18,12 @@ from mmace.data import read_labels
 from mmace.derivatives import evaluate
 from mmace.errors import LabelError, UnknownElementError
 from mmace.graph import Graph
-from mmace.io import load_model, read_metadata, save_model
+from mmace.io import load_model, model_files, read_metadata, save_model
 from mmace.model import MagneticMACE, ModelConfig
 from mmace.training import Recipe, predict, train
 from mmace.training.batches import LabelBatch
 from mmace.training.distributed import Processes, part_of_probe
-from mmace.training.finetune import energy_shifts, finetune_recipe, shifted, starting_model
+from mmace.training.finetune import check_labels, energy_shifts, finetune_recipe, shifted, starting_model
 from mmace.training.loop import Start
 from mmace.training.restraint import make_probe, restraint_loss
 
@@ -118,6 +118,24 @@ def test_recipe_is_ten_times_slower(files):
     assert recipe.clip == 5.0
     assert recipe.patience < Recipe().patience
     assert finetune_recipe({}).clip == Recipe().clip / 10
+
+
+def test_validation_chooses_when_the_shipped_models_are_tuned():
+    """Their own training kept the last weights, over a floor that was chosen for their crystals."""
+    for file in model_files("default"):
+        recipe = finetune_recipe(read_metadata(file))
+        assert recipe.keep == "best"
+        assert recipe.least_stiffness == Recipe().least_stiffness
+
+
+def test_moments_on_elements_without_moments_are_refused(labels):
+    label = next(x for x in labels["train"] if not x.soc)
+    moments = label.moments.copy()
+    moments[label.symbols.index("Al")] = [0.0, 0.0, 0.05]
+    check_labels(random_model(2), [replace(label, moments=moments)])
+    moments[label.symbols.index("Al")] = [0.0, 0.0, 0.4]
+    with pytest.raises(LabelError, match=r"0\.40 µB on Al, whose moments the model does not know"):
+        check_labels(random_model(2), [replace(label, moments=moments)])
 
 
 def test_start_from_weights_and_exact_resume(labels, tmp_path):

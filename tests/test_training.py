@@ -1,5 +1,6 @@
 """Training: constants from the labels, loss, masks, exact resume, evaluation, command line."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ from mmace.training import (
     train,
 )
 from mmace.training.batches import DirectionBatch, LabelBatch, ground_energies
+from mmace.training.checkpoint import read_checkpoint
 from mmace.training.evaluate import _binned_ratios
 from mmace.training.loop import _redrawn
 from mmace.training.loss import direction_loss, label_loss
@@ -211,6 +213,22 @@ def test_transverse_magnetic_forces_weigh_less(teacher, labels):
     assert losses[1] == pytest.approx(TOLERANCES.transverse**2 * losses[0], rel=0.05)
 
 
+def test_what_is_not_known_of_a_magnetic_force_does_not_enter(teacher, labels):
+    """A component that is NaN changes neither the others' tolerances to NaN nor their error along the moment."""
+    label = next(x for x in labels["train"] if x.symbols == ("Fe",))
+    length = float(np.linalg.norm(label.moments))
+    known = replace(label, moments=np.array([[0.0, 0.0, length]]))
+    exact = evaluate(teacher, batch_of([known], teacher).graph, magnetic_forces=True).magnetic_forces.numpy()
+    partly = exact + np.array([[np.nan, np.nan, 0.0]])
+    assert np.isfinite(partly).sum() == 1
+    exactly, wrong = (
+        label_loss(teacher, batch_of([replace(known, magnetic_forces=partly + error)], teacher), TOLERANCES)
+        for error in (0.0, 0.01)
+    )
+    assert float(exactly.magnetic_forces) == pytest.approx(0.0, abs=1e-10)
+    assert float(wrong.magnetic_forces) > 1e-3
+
+
 def test_tolerances_grow_above_the_ground_of_a_composition(teacher, labels):
     """Every error counts 1 + a ΔE times less; ΔE, per atom, is from the lowest label of the composition, not of all."""
     usable = [x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al") and not x.soc]
@@ -320,6 +338,8 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
 
     ground = ground_energies(labels["train"])
     crystals = crystals_to_shake(labels["train"], ground)
+    molecule = replace(next(x for x in labels["train"] if x.anisotropy_group is None), pbc=(False, False, False))
+    assert crystals_to_shake([molecule], ground) == []
     quiet = [x for x in labels["train"] if x.anisotropy_group is None and not (np.abs(x.forces) > 0.5).any()]
     assert len(crystals) == len(quiet) > 0
     pushed = replace(quiet[0], forces=np.full((len(quiet[0]), 3), 0.6))
@@ -459,6 +479,29 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_floor_leaves_room_for_what_the_lowest_label_can_still_release(labels):
+    """A harmonic crystal of stiffness k, displaced by u and strained by ε in volume, has ½ku² + ½BVε² to give."""
+    from mmace.training.batches import composition
+    from mmace.training.restraint import floor_energies
+
+    label = next(x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al"))
+    atoms = label.atoms()
+    stiffness, strain, displacement = 1.5, 0.04, 0.1
+    volume = atoms.get_volume() / 3
+    bulk = stiffness / volume ** (1 / 3)
+    held = replace(
+        label,
+        energy=3 * (-5.0 + 0.5 * stiffness * displacement**2 + 0.5 * bulk * volume * strain**2),
+        forces=np.full((3, 3), -stiffness * displacement / np.sqrt(3)),
+        stress=np.array([bulk * strain] * 3 + [0.0] * 3),
+    )
+    higher = replace(held, energy=held.energy + 3.0, forces=np.full((3, 3), 9.0))
+    floors = floor_energies([higher, held], stiffness)
+    assert floors == {composition(label): pytest.approx(-5.0)}
+    unknown = replace(held, forces=np.full((3, 3), np.nan), stress=np.full(6, np.nan))
+    assert floor_energies([unknown], stiffness) == {composition(label): pytest.approx(held.energy / 3)}
+
+
 def test_training_lowers_the_loss_and_leaves_the_labels_alone(labels, tmp_path):
     before = {part: fingerprint(labels[part]) for part in labels}
     random_state = torch.random.get_rng_state()
@@ -473,6 +516,38 @@ def test_training_lowers_the_loss_and_leaves_the_labels_alone(labels, tmp_path):
     assert {part: fingerprint(labels[part]) for part in labels} == before
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_time_is_looked_at_after_every_step(labels, whole_run, tmp_path, monkeypatch):
+    """A clock that moves by a second each time it is read stops the run inside an epoch, again and again."""
+    whole = whole_run[1]
+    clock = itertools.count()
+    monkeypatch.setattr("mmace.training.loop.time.monotonic", lambda: float(next(clock)))
+    inside = 0
+    for _ in range(100):
+        part = train(labels["train"], labels["valid"], recipe(), tmp_path, seed=3, max_minutes=3.5 / 60)
+        if part.finished:
+            break
+        inside += read_checkpoint(tmp_path / "checkpoint.safetensors")[1]["steps_of_epoch"] > 0
+    assert part.finished
+    assert inside > 1
+    assert part.best_score == whole.best_score
+    assert same(weights_of(part.model), weights_of(whole.model))
+
+
+def test_patience_counts_from_the_best_validation_whatever_is_kept(labels, tmp_path):
+    settings = recipe(epochs=40, learning_rate=2.0, clip=1e6, patience=2, keep="last", restrain_every=0)
+    outcome = train(labels["train"], labels["valid"], settings, tmp_path, seed=3)
+    assert outcome.finished
+    assert outcome.epoch < 40
+    assert outcome.best_epoch == outcome.epoch
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_a_sentence(labels, tmp_path):
+    broken = [replace(x, energy=1e308) for x in labels["train"] if x.anisotropy_group is None]
+    with pytest.raises(MMACEError, match="not finite"):
+        train(broken, labels["valid"], recipe(), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(labels, whole_run, tmp_path):
@@ -654,6 +729,11 @@ def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         ({"model": {"moment_scale": {"Fe": 1}}}, "no setting moment_scale"),
         ({"epochs": 0}, "at least 1"),
         ({"dtype": "float16"}, "float64 or float32"),
+        ({"epochs": "ten"}, "epochs is 'ten': give a whole number"),
+        ({"tolerances": 3}, "tolerances is 3: give an object"),
+        ({"tolerances": {"energy": 0.0}}, "energy is 0.0: it must be above 0"),
+        ({"learning_rate": -1}, "learning_rate is -1: it must be above 0"),
+        ({"least_stiffness": -0.5}, "least_stiffness is -0.5: it must be at least 0"),
     ):
         path = tmp_path / "recipe.json"
         path.write_text(json.dumps(content))

@@ -218,8 +218,8 @@ def _excess(label: LabelledStructure, ground: Mapping[Composition, float]) -> fl
 
 
 def _widened(tolerance: float, relative: float, label: np.ndarray) -> np.ndarray:
-    """Tolerance plus a fraction of the length of each row of the label."""
-    return tolerance + relative * np.linalg.norm(label, axis=-1, keepdims=True)
+    """Tolerance plus a fraction of the length of each row of the label, of the components that are known."""
+    return tolerance + relative * np.sqrt(np.nansum(label**2, axis=-1, keepdims=True))
 
 
 def _repeat_first(values: torch.Tensor, times: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..errors import ModelFileError
 from ..files import whole_file
 
-FORMAT = "mmace-checkpoint-1"
+FORMAT = "mmace-checkpoint-2"
 
 
 def write_checkpoint(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:

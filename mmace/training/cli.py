@@ -117,7 +117,7 @@ def _finetune(args: argparse.Namespace) -> int:
         runs.append((recipe, Start(model, replay, fraction)))
     notes = {
         "finetuned_from": json.dumps({file.name: file_hash(file) for file in files}),
-        "replay": json.dumps({Path(path).name: file_hash(path) for path in args.replay} | {"fraction": fraction}),
+        "replay": json.dumps(_hashes(args.replay) | {"fraction": fraction}),
     }
     with process_group(args.device) as (processes, args.device):
         return _train_all(args, runs, train_labels, valid_labels, notes, processes)
@@ -150,7 +150,7 @@ def _train_all(
     console.print(f"{len(train_labels)} labels to train on, {len(valid_labels)} to validate on.")
     notes = {
         "mmace_version": __version__,
-        "labels": json.dumps({Path(path).name: file_hash(path) for path in [*args.train, *(args.valid or [])]}),
+        "labels": json.dumps(_hashes([*args.train, *(args.valid or [])])),
         **more_notes,
     }
     for member, (recipe, start) in enumerate(runs):
@@ -238,9 +238,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(table(results))
     if args.json:
         results["model"] = {file.name: file_hash(file) for file in files}
-        results["labels"] = {Path(path).name: file_hash(path) for path in args.labels}
+        results["labels"] = _hashes(args.labels)
         _write_json(Path(args.json), results)
     return 0
+
+
+def _hashes(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of files by the shortest ends of their paths that tell all of them apart."""
+    files = [Path(path).resolve() for path in dict.fromkeys(paths)]
+    length = 1
+    while len({file.parts[-length:] for file in files}) < len(set(files)):
+        length += 1
+    return {"/".join(file.parts[-length:]): file_hash(file) for file in files}
 
 
 def _set_machine(args: argparse.Namespace) -> None:

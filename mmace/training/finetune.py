@@ -17,11 +17,12 @@ from .recipe import Recipe
 SLOWER = 10.0  # learning rate and clip against those of the first training
 EPOCHS, PATIENCE, WARMUP = 100, 30, 20
 OTHER_REFERENCE = 0.5  # eV/atom; energies further off on average are on another zero
+SMALL_INDUCED = 0.1  # µB, below it a moment follows its neighbours and says nothing of its own
 SHIFT_PRIOR = 1e-3  # keeps the shift of elements that no label determines at zero
 
 
 def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
-    """Recipe of a model's training, ten times slower, shorter and less patient.
+    """Recipe of a model's training, ten times slower, shorter and less patient; validation chooses the weights.
 
     Parameters
     ----------
@@ -39,6 +40,8 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
         patience=PATIENCE,
         warmup_steps=WARMUP,
         validate_every=1,
+        keep="best",
+        least_stiffness=Recipe.least_stiffness,
     )
 
 
@@ -50,7 +53,8 @@ def check_labels(model: MagneticMACE, labels: Sequence[LabelledStructure]) -> No
     UnknownElementError
         An element that the model has no weights for.
     LabelError
-        A moment beyond the model's range, or spin-orbit labels for a model without spin-orbit coupling.
+        A moment beyond the model's range or on an element without moments, or spin-orbit labels for a model without
+        spin-orbit coupling.
     """
     for label in labels:
         new = sorted(set(label.symbols) - set(model.elements))
@@ -60,6 +64,12 @@ def check_labels(model: MagneticMACE, labels: Sequence[LabelledStructure]) -> No
                 "train a model on these labels and the old ones together with `mmace train`."
             )
         for symbol, moment in zip(label.symbols, np.linalg.norm(label.moments, axis=1), strict=True):
+            if symbol not in model.config.carriers and moment > SMALL_INDUCED:
+                raise LabelError(
+                    f"{label.name} has {moment:.2f} µB on {symbol}, whose moments the model does not know (it has "
+                    f"{', '.join(model.config.carriers)}): set them to zero in the labels, or train a model on these "
+                    "labels and the old ones together with `mmace train`."
+                )
             limit = model.config.moment_scale[symbol]
             if symbol in model.config.carriers and moment > limit:
                 raise LabelError(

@@ -30,6 +30,7 @@ from .restraint import (
     Crystal,
     Probe,
     crystals_to_shake,
+    floor_energies,
     floor_loss,
     make_probe,
     pushed_down,
@@ -123,7 +124,7 @@ def train(
     bootstrap : bool
         Draw the training parents with replacement, so that members of a committee see different data.
     max_minutes : float, optional
-        Stop after this time; running again goes on.
+        Stop after the step that ends after this time; running again goes on.
     stop_after : int, optional
         Stop after this epoch; running again goes on.
     device : torch.device or str
@@ -144,7 +145,7 @@ def train(
     LabelError
         No labels to train or to validate on.
     MMACEError
-        `out` holds a run with other labels or settings.
+        `out` holds a run with other labels or settings, or the loss is not finite.
     """
     if not train_labels or not valid_labels:
         raise LabelError("training needs labels to train on and others to validate on: give both.")
@@ -184,7 +185,9 @@ class _Run:
             self.identity["start"] = weights_hash(start.model)
             self.identity["replay"] = [fingerprint(start.replay), start.fraction]
         self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.steps_of_epoch = 0
         self.best_epoch, self.best_score = 0, math.inf
+        self.lowest_epoch, self.lowest_score = 0, math.inf
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
         checkpoint = folder / "checkpoint.safetensors"
         saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
@@ -233,7 +236,7 @@ class _Run:
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
         known_labels = [*train_labels, *(() if start is None else start.replay)] if recipe.restrain_every else []
-        crystals = crystals_to_shake(known_labels, self.ground)
+        crystals = crystals_to_shake(known_labels, floor_energies(known_labels, recipe.least_stiffness))
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
@@ -244,29 +247,32 @@ class _Run:
         if self.processes.first:
             (self.folder / "recipe.json").write_text(json.dumps(self.identity, indent=1) + "\n")
         records = self._records_until_checkpoint()
-        while not self._finished():
-            if stop_after is not None and self.epoch >= stop_after:
-                break
-            if max_minutes is not None and self.processes.agreed(time.monotonic() - start > 60.0 * max_minutes):
-                break
-            for labels, groups in self._epoch_batches():
+        limit = math.inf if max_minutes is None else 60.0 * max_minutes
+        while not self._finished() and (stop_after is None or self.epoch < stop_after):
+            for labels, groups in self._epoch_batches()[self.steps_of_epoch :]:
+                if self.processes.agreed(time.monotonic() - start > limit):
+                    break
                 self.terms += self._train_step(labels, groups)
                 self.terms_steps += 1
-            self.epoch += 1
+                self.steps_of_epoch += 1
+                if self.processes.agreed(time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+                    self.seconds = before + time.monotonic() - start
+                    self._save(records)
+                    saved_at = time.monotonic()
             self.seconds = before + time.monotonic() - start
+            if self.steps_of_epoch < self.steps_per_epoch:
+                break
+            self.epoch, self.steps_of_epoch = self.epoch + 1, 0
             if self.epoch % self.recipe.validate_every == 0 or self.epoch == self.recipe.epochs:
                 records.append(self._validate())
                 if self.processes.first:
                     report(records[-1])
-                if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                    self._save(records)
-                    saved_at = time.monotonic()
         self.seconds = before + time.monotonic() - start
         self._save(records)
         return Outcome(self._model_with(self.best), self._finished(), self.epoch, self.best_epoch, self.best_score)
 
     def _finished(self) -> bool:
-        stale = self.epoch - self.best_epoch > self.recipe.patience
+        stale = self.epoch - self.lowest_epoch > self.recipe.patience
         return self.epoch >= self.recipe.epochs or stale
 
     def _batches(self, labels: Sequence[LabelledStructure]) -> tuple[list[LabelBatch], list[DirectionBatch]]:
@@ -317,6 +323,11 @@ class _Run:
         if labels and recipe.restrain_every and self.step % recipe.restrain_every == 0:
             seed = int(self._rng(RESTRAINT_STREAM, self.step).integers(2**62))
         total, terms = self.loss(labels, groups, seed)
+        if not math.isfinite(float(total.detach())):
+            raise MMACEError(
+                f"the loss of step {self.step} (epoch {self.epoch + 1}) is not finite: training has diverged or a "
+                "label holds absurd numbers; look at the labels, or lower learning_rate or clip in the recipe."
+            )
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
@@ -351,7 +362,9 @@ class _Run:
         trained = sum(self.processes.gathered(self.terms)) / self.terms_steps
         train_terms = dict(zip(TERMS, trained.tolist(), strict=True))
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
-        if score < self.best_score or self.recipe.keep == "last":
+        if score < self.lowest_score:
+            self.lowest_epoch, self.lowest_score = self.epoch, score
+        if self.lowest_epoch == self.epoch or self.recipe.keep == "last":
             self.best_epoch, self.best_score = self.epoch, score
             self.best = {name: value.clone() for name, value in self.average.items()}
         errors = errors_of(self.valid_labels, self._predictions(model)).to_dict()
@@ -397,14 +410,22 @@ class _Run:
             "config": self.model.config.to_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "steps_of_epoch": self.steps_of_epoch,
             "seconds": self.seconds,
             "terms": terms.tolist(),
             "terms_steps": self.terms_steps,
             "best_epoch": self.best_epoch,
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "lowest_epoch": self.lowest_epoch,
+            "lowest_score": self.lowest_score if math.isfinite(self.lowest_score) else None,
         }
         write_checkpoint(self.folder / "checkpoint.safetensors", tensors, state)
-        notes = {**self.metadata, "seed": str(self.seed), "best_epoch": str(self.best_epoch)}
+        notes = {
+            **self.metadata,
+            "seed": str(self.seed),
+            "bootstrap": json.dumps(self.identity["bootstrap"]),
+            "best_epoch": str(self.best_epoch),
+        }
         save_model(self._model_with(self.best), self.folder / "model.safetensors", notes)
         with whole_file(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -421,10 +442,13 @@ class _Run:
         settings = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": settings})
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.steps_of_epoch = state["steps_of_epoch"]
         self.terms = np.array(state["terms"]) if self.processes.first else np.zeros(len(TERMS))
         self.terms_steps = state["terms_steps"]
-        self.best_epoch = state["best_epoch"]
-        self.best_score = math.inf if state["best_score"] is None else state["best_score"]
+        self.best_epoch, self.lowest_epoch = state["best_epoch"], state["lowest_epoch"]
+        self.best_score, self.lowest_score = (
+            math.inf if state[name] is None else state[name] for name in ("best_score", "lowest_score")
+        )
 
     def _records_until_checkpoint(self) -> list[dict[str, Any]]:
         """Log of the epochs that the checkpoint holds; later ones will be run again."""

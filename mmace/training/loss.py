@@ -51,7 +51,8 @@ def label_loss(model: MagneticMACE, batch: LabelBatch, tolerances: Tolerances, c
     assert result.forces is not None
     assert result.stress is not None
     assert result.magnetic_forces is not None
-    error = result.magnetic_forces - batch.magnetic_forces.value
+    known = batch.magnetic_forces.weight > 0
+    error = torch.where(known, result.magnetic_forces - batch.magnetic_forces.value, 0.0)
     along = (error * batch.axis).sum(1, keepdim=True) * batch.axis
     has_axis = batch.axis.abs().amax(1, keepdim=True) > 0
     error = torch.where(has_axis, along + batch.transverse * (error - along), error)

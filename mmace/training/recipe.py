@@ -94,8 +94,8 @@ class Recipe:
     restrain_every : int
         Steps between those that restrain the surface beyond the labels; 0 never does.
     least_stiffness : float
-        Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least; a small part of that of the
-        softest crystal.
+        Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least; below that of the softest
+        mode of the softest crystal, since the displaced atoms are pushed downhill first.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -124,6 +124,8 @@ class Recipe:
     dtype: str = "float64"
 
     def __post_init__(self) -> None:
+        _check_types(self, "the recipe's")
+        _check_types(self.tolerances, "the recipe's tolerance")
         unknown = sorted(set(self.model) - set(MODEL_SETTINGS))
         if unknown:
             raise RecipeError(
@@ -136,6 +138,24 @@ class Recipe:
         for name in ("epochs", "batch_size", "groups_per_step", "validate_every", "patience"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be at least 1.")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0.0:
+                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be above 0.")
+        for name in (
+            "final_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "spin_orbit_decay",
+            "restrain_every",
+            "least_stiffness",
+        ):
+            if not getattr(self, name) >= 0:
+                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be at least 0.")
+        for name in ("energy", "forces", "stress", "magnetic_forces", "anisotropy", "outlier"):
+            if not getattr(self.tolerances, name) > 0.0:
+                raise RecipeError(
+                    f"the recipe's tolerance {name} is {getattr(self.tolerances, name)}: it must be above 0."
+                )
         if not 0.0 <= self.ema < 1.0:
             raise RecipeError(f"the recipe's ema is {self.ema}: it must be at least 0 and below 1.")
 
@@ -154,6 +174,9 @@ class Recipe:
         """
         values = dict(settings)
         _check_names(values, cls, "the recipe")
+        for name in ("tolerances", "model"):
+            if not isinstance(values.get(name, {}), Mapping):
+                raise RecipeError(f"the recipe's {name} is {values[name]!r}: give an object with settings.")
         tolerances = dict(values.get("tolerances", {}))
         _check_names(tolerances, Tolerances, "the recipe's tolerances")
         model = {k: tuple(v) if isinstance(v, list) else v for k, v in values.get("model", {}).items()}
@@ -178,6 +201,16 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not isinstance(settings, dict):
         raise RecipeError(f"{file} does not hold a JSON object: mend the recipe.")
     return Recipe.from_dict(settings)
+
+
+def _check_types(settings: Any, what: str) -> None:
+    """Raise unless numbers are numbers and texts are texts."""
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    for setting in fields(settings):
+        value, kind = getattr(settings, setting.name), str(setting.type)
+        if kind in kinds and (isinstance(value, bool) or not isinstance(value, kinds[kind])):
+            wanted = {"int": "a whole number", "float": "a number", "str": "a text"}[kind]
+            raise RecipeError(f"{what} {setting.name} is {value!r}: give {wanted}.")
 
 
 def _check_names(values: Mapping[str, Any], kind: type, what: str) -> None:

@@ -2,8 +2,8 @@
 
 Polynomials and networks say anything beyond their data. Four inequalities keep that part of the surface sane:
 dE/d|m| of a moment longer than any label's is positive; dE/dV of a crystal that is under tension already stays
-positive when it is expanded further; a crystal whose atoms are displaced at random lies above the lowest energy known
-of its composition; and spin-orbit coupling changes the energy of a structure without anisotropy labels by no more than
+positive when it is expanded further; a crystal whose atoms are displaced at random lies above what its composition can
+have at the lowest; and spin-orbit coupling changes the energy of a structure without anisotropy labels by no more than
 it does in the labels that have it. All are one-sided, so a surface that obeys them is not touched.
 """
 
@@ -133,7 +133,7 @@ class Crystal:
     atoms : Atoms
         Labelled structure, repeated to at least four atoms so that they can move against each other.
     ground : float
-        Lowest energy known of its composition, eV/atom.
+        What its composition lies above at least, from `floor_energies`, eV/atom.
     """
 
     atoms: Atoms
@@ -151,7 +151,7 @@ class ShakenCell:
     sites : ndarray (N, 3)
         Positions without the displacements, Å.
     ground : float
-        Lowest energy known of its composition, eV/atom.
+        That of the crystal, eV/atom.
     graph : Graph
         The structure for the model.
     """
@@ -172,23 +172,45 @@ class ShakenCell:
         return self.ground + 0.5 * stiffness * float(((self.atoms.positions - self.sites) ** 2).sum(1).mean())
 
 
+def floor_energies(labels: Iterable[LabelledStructure], stiffness: float) -> dict[Composition, float]:
+    """What no structure of a composition should lie below, eV/atom.
+
+    That is the lowest label, less what its own forces and pressure could still release: F²/2k for each atom and
+    P²V/2B, with B = k / V^(1/3).
+
+    Parameters
+    ----------
+    labels : iterable of LabelledStructure
+        Training labels; those of anisotropy groups have no absolute energy and are left out.
+    stiffness : float
+        k, least curvature of the energy in the displacement of an atom, eV/Å².
+    """
+    lowest: dict[Composition, LabelledStructure] = {}
+    for label in labels:
+        if label.anisotropy_group is None and np.isfinite(label.energy):
+            other = lowest.setdefault(composition(label), label)
+            if label.energy / len(label) < other.energy / len(other):
+                lowest[composition(label)] = label
+    return {key: label.energy / len(label) - _release(label, stiffness) for key, label in lowest.items()}
+
+
 def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Composition, float]) -> list[Crystal]:
-    """Structures of labels with an energy of their own, but for those whose forces show that their atoms are displaced.
+    """Crystals among the labels that have an energy of their own, but for those whose forces show displaced atoms.
 
     Parameters
     ----------
     labels : iterable of LabelledStructure
         Training labels.
     ground : mapping
-        From `ground_energies`.
+        From `floor_energies`.
     """
     crystals = []
     for label in labels:
         energy = ground.get(composition(label))
         displaced = bool((np.abs(label.forces) > LARGEST_FORCE).any())
-        if label.anisotropy_group is not None or energy is None or displaced:
-            continue
         atoms = label.atoms()
+        if label.anisotropy_group is not None or energy is None or displaced or not atoms.pbc.all():
+            continue
         while len(atoms) < FEWEST_ATOMS:
             repeats = np.ones(3, dtype=int)
             repeats[np.argmin(atoms.cell.lengths())] = 2
@@ -293,6 +315,14 @@ def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, genera
     change = change - model.spin_energies(without, graph.moments[None])
     per_graph = graph.per_structure(change) / graph.counts
     return _penalty(torch.relu(per_graph.abs() / bound - 1.0)).mean()
+
+
+def _release(label: LabelledStructure, stiffness: float) -> float:
+    """Energy that a label's forces and pressure could release in a crystal that is as soft as allowed, eV/atom."""
+    volume = label.atoms().get_volume() / len(label)
+    pressure = float(np.nan_to_num(label.stress[:3]).mean())
+    forces = float((np.nan_to_num(label.forces) ** 2).sum(1).mean())
+    return pressure**2 * volume ** (4 / 3) / (2 * stiffness) + forces / (2 * stiffness)
 
 
 def _penalty(x: torch.Tensor) -> torch.Tensor:
