@@ -18,10 +18,11 @@ from mmace.data import read_labels
 from mmace.derivatives import evaluate
 from mmace.errors import LabelError, UnknownElementError
 from mmace.graph import Graph
-from mmace.io import load_model, model_files, read_metadata, save_model
+from mmace.io import file_hash, load_model, model_files, read_metadata, save_model
 from mmace.model import MagneticMACE, ModelConfig
 from mmace.training import Recipe, predict, train
 from mmace.training.batches import LabelBatch
+from mmace.training.cli import _hashes
 from mmace.training.distributed import Processes, part_of_probe
 from mmace.training.finetune import check_labels, energy_shifts, finetune_recipe, shifted, starting_model
 from mmace.training.loop import Start
@@ -234,9 +235,37 @@ def test_command_line_tunes_every_member(files, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main([*command, *replay]) == 0
     notes = read_metadata(tmp_path / "run" / "member-1" / "model.safetensors")
-    assert json.loads(notes["finetuned_from"]).keys() == {"start.safetensors", "b.safetensors"}
+    assert json.loads(notes["finetuned_from"]).keys() == {"b.safetensors"}
+    first = read_metadata(tmp_path / "run" / "member-0" / "model.safetensors")
+    assert [json.loads(stage["recipe"])["clip"] for stage in json.loads(first["earlier"])] == [50.0]
     assert json.loads(notes["replay"])["fraction"] == 0.5
     assert json.loads((tmp_path / "run" / "committee.json").read_text())["members"][1].startswith("member-1")
+    again = [
+        *command,
+        "--from",
+        str(tmp_path / "run" / "committee.json"),
+        "--out",
+        str(tmp_path / "again"),
+        "--seed",
+        "7",
+    ]
+    assert main(again) == 0
+    last = read_metadata(tmp_path / "again" / "member-0" / "model.safetensors")
+    stages = json.loads(last["earlier"])
+    assert [stage.get("seed") for stage in stages] == [None, "0"]
+    assert stages[1]["finetuned_from"] == first["finetuned_from"]
+    assert last["seed"] == "7"
+
+
+def test_hashes_tell_files_of_one_name_apart(tmp_path):
+    for system in ("FeAl", "CrN"):
+        (tmp_path / system / "data").mkdir(parents=True)
+        (tmp_path / system / "data" / "labels.extxyz").write_text(system)
+    paths = [str(tmp_path / system / "data" / "labels.extxyz") for system in ("FeAl", "CrN")]
+    assert _hashes(paths) == {
+        f"{system}/data/labels.extxyz": file_hash(path) for system, path in zip(("FeAl", "CrN"), paths, strict=True)
+    }
+    assert _hashes(paths[:1] * 2).keys() == {"labels.extxyz"}
 
 
 # Several processes

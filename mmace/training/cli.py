@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ from .finetune import finetune_recipe, starting_model
 from .loop import Outcome, Start, train
 from .plot import plot_log
 from .recipe import Recipe, read_recipe
+
+STAGE_NOTES = ("mmace_version", "recipe", "seed", "bootstrap", "labels", "replay", "finetuned_from", "best_epoch")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """What trains one model: settings, where it starts from, and notes that are stored with it."""
+
+    recipe: Recipe
+    start: Start | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -96,8 +108,8 @@ def _train(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe) if args.recipe else Recipe()
     train_labels, valid_labels = _labels(args)
     with process_group(args.device) as (processes, args.device):
-        runs = [(recipe, None)] * args.members
-        return _train_all(args, runs, train_labels, valid_labels, {}, processes)
+        runs = [_Member(recipe)] * args.members
+        return _train_all(args, runs, train_labels, valid_labels, processes)
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -109,18 +121,27 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.replay_splits:
         replay = read_splits(args.replay_splits).select(replay, "train")
     fraction = args.replay_fraction if replay else 0.0
-    runs: list[tuple[Recipe, Start | None]] = []
-    files = model_files(args.model)
-    for file in files:
-        model = starting_model(load_model(file), train_labels, args.shift_energies, replay)
-        recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(read_metadata(file))
-        runs.append((recipe, Start(model, replay, fraction)))
-    notes = {
-        "finetuned_from": json.dumps({file.name: file_hash(file) for file in files}),
-        "replay": json.dumps(_hashes(args.replay) | {"fraction": fraction}),
-    }
+    runs = []
+    for file in model_files(args.model):
+        model, earlier = (
+            starting_model(load_model(file), train_labels, args.shift_energies, replay),
+            read_metadata(file),
+        )
+        recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(earlier)
+        notes = {
+            "finetuned_from": json.dumps({file.name: file_hash(file)}),
+            "earlier": json.dumps(_stages(earlier)),
+            "replay": json.dumps(_hashes(args.replay) | {"fraction": fraction}),
+        }
+        runs.append(_Member(recipe, Start(model, replay, fraction), notes))
     with process_group(args.device) as (processes, args.device):
-        return _train_all(args, runs, train_labels, valid_labels, notes, processes)
+        return _train_all(args, runs, train_labels, valid_labels, processes)
+
+
+def _stages(notes: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Recipes, seeds and labels of all trainings that led to a model with these notes, the first one first."""
+    own = {name: notes[name] for name in STAGE_NOTES if name in notes}
+    return [*json.loads(notes.get("earlier", "[]")), own]
 
 
 def _labels(args: argparse.Namespace) -> tuple[list[LabelledStructure], list[LabelledStructure]]:
@@ -138,10 +159,9 @@ def _labels(args: argparse.Namespace) -> tuple[list[LabelledStructure], list[Lab
 
 def _train_all(
     args: argparse.Namespace,
-    runs: Sequence[tuple[Recipe, Start | None]],
+    runs: Sequence[_Member],
     train_labels: Sequence[LabelledStructure],
     valid_labels: Sequence[LabelledStructure],
-    more_notes: dict[str, str],
     processes: Processes,
 ) -> int:
     """Train one model for each of `runs`, and list them as a committee if there are several."""
@@ -151,21 +171,18 @@ def _train_all(
     notes = {
         "mmace_version": __version__,
         "labels": json.dumps(_hashes([*args.train, *(args.valid or [])])),
-        **more_notes,
     }
-    for member, (recipe, start) in enumerate(runs):
-        folder = out if len(runs) == 1 else out / f"member-{member}"
-        notes["recipe"] = json.dumps(recipe.to_dict())
-        outcome = _train_one(
-            args, recipe, train_labels, valid_labels, folder, args.seed + member, notes, console, start
-        )
+    for number, member in enumerate(runs):
+        folder = out if len(runs) == 1 else out / f"member-{number}"
+        own_notes = {**notes, **member.notes, "recipe": json.dumps(member.recipe.to_dict())}
+        outcome = _train_one(args, member, train_labels, valid_labels, folder, args.seed + number, own_notes, console)
         if not processes.first:
             continue
         if (folder / "log.jsonl").stat().st_size:
             plot_log(folder / "log.jsonl", folder / "log.png")
         state = "finished" if outcome.finished else "stopped; the same command goes on"
         console.print(
-            f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {recipe.epochs}, "
+            f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {member.recipe.epochs}, "
             f"best at {outcome.best_epoch}."
         )
     if len(runs) > 1 and processes.first:
@@ -177,14 +194,13 @@ def _train_all(
 
 def _train_one(
     args: argparse.Namespace,
-    recipe: Recipe,
+    member: _Member,
     train_labels: Sequence[LabelledStructure],
     valid_labels: Sequence[LabelledStructure],
     folder: Path,
     seed: int,
     notes: dict[str, str],
     console: Console,
-    start: Start | None,
 ) -> Outcome:
     columns = (
         TextColumn("seed {task.fields[seed]}"),
@@ -195,7 +211,7 @@ def _train_one(
         TextColumn("{task.fields[errors]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=recipe.epochs, seed=seed, errors="")
+        task = progress.add_task("", total=member.recipe.epochs, seed=seed, errors="")
 
         def show(record: dict[str, Any]) -> None:
             progress.update(task, completed=record["epoch"], errors=_short(record["valid"]))
@@ -203,7 +219,7 @@ def _train_one(
         return train(
             train_labels,
             valid_labels,
-            recipe,
+            member.recipe,
             folder,
             seed=seed,
             bootstrap=args.bootstrap,
@@ -211,7 +227,7 @@ def _train_one(
             device=args.device,
             metadata=notes,
             report=show,
-            start=start,
+            start=member.start,
         )
 
 
