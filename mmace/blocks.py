@@ -266,17 +266,21 @@ class PairRepulsion(nn.Module):
 class ExchangeBasis(nn.Module):
     """The spin-rotation invariant features X of one layer, and the spin-free and spin-vector bases they use.
 
-    X = W_a A + W_v (V·μ) + W_vv (V_lm·V_00) + self terms in |μ|², each gated by |m| of sender and receiver.
+    X = W_a A + W_v (V·μ) + W_vv (V_lm·V_00) + self terms in |μ|², each gated by |m| of sender and receiver. Without
+    `products` the terms in V are left out; without `vectors` so is V, which the spin-orbit part needs too.
     """
 
-    def __init__(self, n_elements: int, channels: int, max_ell: int, degree: int, products: bool) -> None:
+    def __init__(
+        self, n_elements: int, channels: int, max_ell: int, degree: int, products: bool, vectors: bool
+    ) -> None:
         super().__init__()
         self.sender_gate = MomentGate(n_elements, degree, channels, max_ell)
         self.receiver_gate = MomentGate(n_elements, degree, channels, max_ell)
         self.self_terms = nn.Parameter(0.1 * torch.randn(n_elements, degree, channels))
-        self.products = products
-        if products:
+        self.products, self.vectors = products, vectors
+        if vectors:
             self.vector_sender_gate = MomentGate(n_elements, degree, channels, max_ell)
+        if products:
             self.vector_receiver_gate = MomentGate(n_elements, degree, channels, max_ell)
             self.mix_dot = DegreewiseLinear(channels, max_ell)
             self.mix_square = DegreewiseLinear(channels, max_ell)
@@ -288,7 +292,7 @@ class ExchangeBasis(nn.Module):
         n_atoms = len(geometry.species)
         gated = h[..., None] * self.sender_gate(features.chebyshev, geometry.species)
         scalar = gather(geometry.scalar_filters[layer] * gated[:, geometry.sender], geometry.receiver, n_atoms)
-        if not self.products:
+        if not self.vectors:
             return scalar, None
         gated = h[..., None] * self.vector_sender_gate(features.chebyshev, geometry.species)
         parts = geometry.neighbour_moments(features.direction)
@@ -312,7 +316,7 @@ class ExchangeBasis(nn.Module):
         x = mixed_scalar * self.receiver_gate(features.chebyshev, species)
         own = torch.einsum("bnp,npk->bnk", features.chebyshev, self.self_terms[species])
         x = torch.cat([x[..., :1] + own[..., None], x[..., 1:]], dim=-1)
-        if vector is None:
+        if vector is None or not self.products:
             return x
         dot = torch.einsum("bnkma,bna->bnkm", vector, features.direction)
         dot = dot * self.vector_receiver_gate(features.chebyshev, species)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,13 +61,22 @@ def load_model(
     """
     metadata, tensors = _read(path)
     try:
-        model = MagneticMACE(ModelConfig.from_dict(json.loads(metadata["config"])))
+        model = MagneticMACE(_config_of(json.loads(metadata["config"]), tensors))
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelFileError(f"{path} does not hold a whole model ({reason}): it is damaged, get it again.") from None
     model.requires_grad_(False)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _config_of(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> ModelConfig:
+    """Settings of a saved model."""
+    config = ModelConfig.from_dict(settings)
+    # files from when a model without the products had no spin-orbit part either, whatever its settings say
+    if not config.products and not any(".spin_orbit." in name for name in tensors):
+        return replace(config, spin_orbit=False)
+    return config
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -51,7 +51,7 @@ class ModelConfig:
     spin_orbit_scale : float
         Size of the untrained spin-orbit features against the exchange features.
     magnetic, products, spin_orbit : bool
-        Switches for whole branches: all of magnetism, the products with V, the spin-orbit part.
+        Switches for whole branches: all of magnetism, the exchange products with V, the spin-orbit part.
     """
 
     elements: tuple[str, ...]
@@ -91,7 +91,7 @@ class ModelConfig:
     @property
     def has_spin_orbit(self) -> bool:
         """Whether the spin-orbit switch λ changes anything."""
-        return self.magnetic and self.products and self.spin_orbit
+        return self.magnetic and self.spin_orbit
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -111,13 +111,13 @@ class Layer(nn.Module):
         super().__init__()
         n_elements = len(config.elements)
         k, max_ell = config.channels, config.max_ell
-        self.vectors = config.magnetic and config.products
+        self.vectors = config.magnetic and (config.products or config.spin_orbit)
         self.filters = RadialFilters(config.num_bessel, tuple(config.radial_mlp), k, max_ell, 2 if self.vectors else 1)
         self.mix_scalar = DegreewiseLinear(k, max_ell)
         self.exchange: ExchangeBasis | None = None
         self.spin_orbit: SpinOrbitBasis | None = None
         if config.magnetic:
-            self.exchange = ExchangeBasis(n_elements, k, max_ell, config.num_chebyshev, config.products)
+            self.exchange = ExchangeBasis(n_elements, k, max_ell, config.num_chebyshev, config.products, self.vectors)
             if config.has_spin_orbit:
                 self.spin_orbit = SpinOrbitBasis(k, max_ell, config.spin_orbit_scale)
         self.contraction = _exact_contraction(

@@ -253,7 +253,7 @@ def test_wrong_models(tmp_path: Path) -> None:
 
 
 def test_spin_orbit_coupling_is_not_asked_of_a_model_without_it() -> None:
-    for switch in ("spin_orbit", "products", "magnetic"):
+    for switch in ("spin_orbit", "magnetic"):
         plain = random_model(**{switch: False})
         with pytest.raises(MMACEError, match="trained without spin-orbit coupling: use soc=False"):
             MMACECalculator(plain)

@@ -6,14 +6,17 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mmace.derivatives import evaluate
-from mmace.io import load_model, model_files
+from mmace.io import load_model, model_files, save_model
 from mmace.model import MagneticMACE, ModelConfig
+from mmace.symmetry import assert_symmetries
 
 from .potentials import CARRIERS, MOMENT_SCALE, batch, graph_of, pair, random_model, triclinic
 
@@ -92,7 +95,7 @@ GRID = list(
         (1, 2, 3),
         (1, 2, 3),
         (1, 2, 3),
-        ((True, True, True), (True, True, False), (True, False, False), (False, False, False)),
+        ((True, True, True), (True, True, False), (True, False, True), (True, False, False), (False, False, False)),
     )
 )
 
@@ -116,6 +119,32 @@ def test_every_combination_of_options_builds_and_runs(
     assert found.forces is not None
     assert torch.isfinite(found.forces).all()
     assert float(found.forces.abs().max()) > 0
+
+
+def test_the_spin_orbit_part_does_not_need_the_exchange_products() -> None:
+    model = random_model(products=False)
+    assert model.config.has_spin_orbit
+    assert_symmetries(model, batch())
+    atoms = pair()
+    energies = {}
+    for soc in (0.0, 1.0):
+        graph = graph_of([atoms], soc)
+        turned = graph.with_moments(graph.moments[:, [1, 2, 0]])
+        flipped = graph.with_moments(graph.moments * torch.tensor([[1.0], [-1.0]]))
+        energies[soc] = [float(evaluate(model, g).energy) for g in (graph, turned, flipped)]
+    assert energies[0.0] == pytest.approx([energies[0.0][0]] * 3, abs=1e-10)
+    assert np.abs(np.diff(energies[1.0])).min() > 1e-6
+
+
+def test_old_files_without_products_have_no_spin_orbit_part(tmp_path: Path) -> None:
+    model = random_model(products=False, spin_orbit=False)
+    graph = batch(soc=0.0)
+    energies = model.site_energies(graph)
+    model.config = replace(model.config, spin_orbit=True)
+    save_model(model, tmp_path / "old.safetensors")
+    old = load_model(tmp_path / "old.safetensors")
+    assert not old.config.has_spin_orbit
+    torch.testing.assert_close(old.site_energies(graph), energies.detach())
 
 
 def test_float32_agrees_with_float64() -> None:
@@ -157,6 +186,7 @@ import os, torch, logging
 before = (torch.get_default_dtype(), dict(os.environ), logging.root.level, logging.root.manager.disable)
 import mmace.calculator
 from mmace.model import MagneticMACE, ModelConfig
+from mmace.symmetry import assert_symmetries
 MagneticMACE(ModelConfig(elements=("Fe",), moment_scale={"Fe": 3.0}, carriers=("Fe",), channels=4))
 after = (torch.get_default_dtype(), dict(os.environ), logging.root.level, logging.root.manager.disable)
 assert before == after, (before, after)
