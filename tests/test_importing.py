@@ -15,7 +15,7 @@ from mmace.data.deepmd import read_deepmd
 from mmace.data.importing import sign_evidence
 from mmace.data.matpes import read_matpes
 from mmace.data.mlip import read_mlip
-from mmace.data.renamed import read_renamed
+from mmace.data.renamed import STRESS_UNITS, read_renamed
 from mmace.errors import LabelError
 from mmace.labels.files import read_checked
 
@@ -419,6 +419,32 @@ def test_other_names(labels, tmp_path, capsys):
         assert_uphill_work(frame)
     assert run(*command, "energy=nothing") == 2
     assert "has no nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("true", "given"), [("eV/A3", "GPa"), ("GPa", "eV/A3"), ("kbar", "GPa"), ("GPa", "kbar")])
+def test_a_unit_that_contradicts_the_energies_is_refused(labels, tmp_path, capsys, true, given):
+    write(tmp_path / "a.xyz", renamed_frames(labels, unit=STRESS_UNITS[true]))
+    names = ["energy=REF_energy", "forces=REF_forces", "stress=REF_stress", "moments=REF_magmom"]
+    names.append("magnetic_forces=REF_magforces")
+    command = ["extxyz", tmp_path / "a.xyz", "-o", tmp_path / "b.extxyz", "--map", *names]
+    assert run(*command, "--stress-unit", given) == 2
+    assert f"the unit of the stress is {true} (factor 1.0" in capsys.readouterr().err
+    assert not (tmp_path / "b.extxyz").exists()
+    assert run(*command, "--stress-unit", true) == 0
+    assert run(*command, "--stress-unit", given, "--drop", "stress") == 0
+
+
+def test_other_wrong_sizes(labels, tmp_path, capsys):
+    """Factors that no unit explains are refused too, unless moments without magnetic forces may explain them."""
+    doubled = [{**label, "magnetic_forces": 2 * label["magnetic_forces"]} for label in labels]
+    folder = write_deepmd(tmp_path / "a", doubled)
+    assert run("deepmd", folder, "-o", tmp_path / "a.extxyz") == 2
+    assert "contradict the size of the magnetic forces (factor 0.5" in capsys.readouterr().err
+    assert run("deepmd", folder, "-o", tmp_path / "a.extxyz", "--drop", "magnetic_forces") == 0
+    rydbergs = [{**label, "forces": label["forces"] / (13.605693 / 0.529177)} for label in labels]
+    folder = write_deepmd(tmp_path / "b", rydbergs)
+    assert run("deepmd", folder, "-o", tmp_path / "b.extxyz") == 2
+    assert "the unit of the forces is Ry/Bohr" in capsys.readouterr().err
 
 
 def test_virials(labels, tmp_path):

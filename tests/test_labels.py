@@ -25,8 +25,9 @@ from mmace.data import Splits, read_splits
 from mmace.errors import LabelError, MissingProgramError
 from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
 from mmace.labels.check import compare_differences, compare_labels, difference_plan, refined_plan
+from mmace.labels.collecting import collect, earlier_labels, earlier_rejections
 from mmace.labels.files import check_checksums, read_checked, write_checksums, write_labels
-from mmace.labels.gate import collect, earlier_labels, fingerprint, job_frames, judge
+from mmace.labels.gate import find_duplicates, fingerprint, job_frames, judge
 from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, write_plan, write_splits
 from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
 from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling
@@ -225,6 +226,7 @@ def test_gate_takes_good_results_and_says_why_not() -> None:
     assert judge(replace(job, moments=((0, 0, 2.6975), (0, 0, 0))), good_result(), ("Fe",)) == "moment"
     assert judge(replace(job, moments=((0, 0, 2.6985), (0, 0, 0))), good_result(), ("Fe",)) is None
     assert judge(job, {"failed": "no output"}, ("Fe",)) == "failed"
+    assert judge(job, good_result(stress=[float("nan")] * 6), ("Fe",)) == "not finite"
     pair = make_job("pair", "p", "train", bulk("Fe", "bcc", 2.83, cubic=True), np.array([2.2, 2.2]))
     result = good_result(moments=[(0, 0, 2.2)] * 2, magnetic_forces=[(0, 0, 0.01), (0, 0, 0.014)])
     assert judge(pair, result, ("Fe",)) is None
@@ -368,10 +370,11 @@ def test_fingerprint_sees_equal_states_and_tells_others_apart() -> None:
         atoms.set_initial_magnetic_moments(None)
         atoms.set_initial_magnetic_moments([(m, 0.0, 0.0) for m in moments])
     one, two = fingerprint(primitive), fingerprint(cubic)
-    per_atom = [k for k in range(len(one)) if k != 0]
-    assert np.allclose(one[per_atom], two[per_atom])
+    assert np.allclose(one, two)
     cubic.set_initial_magnetic_moments([(2.2, 0, 0), (-2.2, 0, 0)])
-    assert not np.allclose(one[per_atom], fingerprint(cubic)[per_atom], atol=1e-3)
+    assert not np.allclose(one, fingerprint(cubic), atol=1e-3)
+    primitive.numbers[:] = 27
+    assert not np.allclose(one, fingerprint(primitive), atol=1e-2)
 
 
 # Runner
@@ -478,6 +481,127 @@ def test_label_files_are_enough_to_go_on_from(tmp_path: Path, monkeypatch: pytes
     assert not earlier_labels(Plan("test", NONCOLLINEAR, (feal("one"),)), read_checked(labels))
 
 
+def ran(tmp_path: Path, plan: Plan, shifts: dict[str, float] | None = None) -> Path:
+    """Folder with a result for each job of a plan, whose energies are moved by `shifts` (eV)."""
+    for job in plan.jobs:
+        result = good_result(moments=job.moments, key=job_key(plan, job))
+        result["energy"] += (shifts or {}).get(job.name, 0.0)
+        folder = tmp_path / "ran" / plan.name / job.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(result))
+    return tmp_path / "ran"
+
+
+def test_labels_of_other_plans_stay_in_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second plan joins the first one's labels, in either order, and finds duplicates among them."""
+    plans = Plan("one", COLLINEAR, (feal("a"), feal("b", 2.5))), Plan("two", COLLINEAR, (feal("c", 2.3), feal("d")))
+    output = tmp_path / "data" / "labels.extxyz"
+    for plan in plans:
+        write_plan(tmp_path / f"{plan.name}.json", plan)
+        work = ran(tmp_path, plan)
+
+    def gathered(name: str, folder: Path) -> set[str]:
+        assert main(["label", "collect", str(tmp_path / f"{name}.json"), "-o", str(output), "--work", str(folder)]) == 0
+        return {atoms.info["name"] for atoms in read_checked(output)}
+
+    assert gathered("one", work) == {"a", "b"}
+    assert gathered("two", work) == {"a", "b", "c"}
+    printed = capsys.readouterr().out
+    assert "1 labels of the plan, and 2 that it held before" in printed
+    assert "rejected, duplicate: 1 (d)" in printed
+    assert gathered("one", work) == gathered("two", tmp_path / "lost") == {"a", "b", "c"}
+
+
+def test_another_label_of_the_same_name_is_never_replaced(tmp_path: Path) -> None:
+    old = Plan("next", COLLINEAR, (feal("next-1"),))
+    frames, _ = collect(old, ran(tmp_path, old))
+    new = Plan("next", COLLINEAR, (feal("next-1", 2.5),))
+    kept, report = collect(new, tmp_path / "lost", frames)
+    assert kept == frames
+    assert (report.accepted, report.kept, report.unfinished) == (0, 1, 1)
+    with pytest.raises(LabelError, match=r"label 'next-1' of another structure.*another file"):
+        collect(new, ran(tmp_path, new, {"next-1": 0.1}), frames)
+    again, report = collect(old, ran(tmp_path, old), frames)
+    assert (len(again), report.accepted, report.kept) == (1, 1, 0)
+
+
+def test_labels_answer_jobs_of_the_same_settings_only(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    fine = refined_plan(plan, ["one"], 0.18)
+    coarse, _ = collect(plan, ran(tmp_path, plan))
+    assert earlier_labels(plan, coarse).keys() == {"one"}
+    assert not earlier_labels(fine, coarse)
+    dense, _ = collect(fine, ran(tmp_path, fine))
+    assert earlier_labels(fine, [*coarse, *dense]) == {"one": dense}
+    for atoms in (*coarse, *dense):
+        del atoms.info["job_key"]
+    assert earlier_labels(plan, coarse).keys() == {"one"}
+    assert not earlier_labels(fine, coarse)
+    work = ran(tmp_path, fine)
+    assert collect(fine, work, dense)[1].kept == 0
+    with pytest.raises(LabelError, match="another file"):
+        collect(fine, ran(tmp_path, fine, {"one": 0.1}), coarse)
+
+
+def test_directions_answer_by_the_moments_that_lie_along_them(tmp_path: Path) -> None:
+    plan = Plan("test", SOC, (feal(),))
+    result = {"converged": True, "code": "g", "energy": -1.0, "moments": [0.8, 0.0], "soc_energies": [-1.5, -1.6]}
+    frames = job_frames(plan, plan.jobs[0], result)
+    for atoms in frames:
+        del atoms.info["job_key"]
+    assert earlier_labels(plan, frames).keys() == {"feal"}
+    turned = replace(SOC, settings={**SOC.settings, "directions": [[0, 0, 1], [1, 1, 0]]})
+    assert not earlier_labels(Plan("test", turned, plan.jobs), frames)
+
+
+def test_rejections_answer_the_job_that_was_rejected(tmp_path: Path) -> None:
+    """By key, whatever the name; reports of older versions hold names, which count for their own plan alone."""
+    old, new = (Plan("next", COLLINEAR, (feal("next-1", moment),)) for moment in (2.4, 2.3))
+    run_plan(old, tmp_path / "work", stand_in(tmp_path))
+    write_plan(tmp_path / "old.json", old)
+    write_plan(tmp_path / "new.json", new)
+    good = Plan("good", COLLINEAR, (feal("good"),))
+    write_plan(tmp_path / "good.json", good)
+    ran(tmp_path, good)
+    run_plan(good, tmp_path / "work", stand_in(tmp_path))
+    path = str(tmp_path / "report.json")
+    collected = ["-o", str(tmp_path / "labels.extxyz"), "--report", path, "--work", str(tmp_path / "work")]
+    for name in ("good", "old"):
+        assert main(["label", "collect", str(tmp_path / f"{name}.json"), *collected]) == 0
+    report = json.loads(Path(path).read_text())
+    assert report["rejected"] == {"moment": ["next-1"]}
+    assert earlier_rejections(old, report) == {"next-1": "moment"}
+    assert earlier_rejections(new, report) == {}
+    assert main(["label", "collect", str(tmp_path / "good.json"), *collected]) == 0
+    assert earlier_rejections(old, json.loads(Path(path).read_text())) == {"next-1": "moment"}
+    del report["rejected_keys"]
+    assert earlier_rejections(old, report) == {"next-1": "moment"}
+    assert earlier_rejections(replace(old, name="other"), report) == {}
+
+
+def test_duplicates_are_found_across_files_and_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("one", COLLINEAR, (feal("a"), feal("b", 2.5)))
+    twin = replace(feal("twin"), scaled_positions=((0.1, 0, 0), (0.6, 0.5, 0.5 + 0.06 / 2.87)), parent="parent-twin")
+    other = Plan("two", COLLINEAR, (twin, feal("c", 2.3)))
+    frames = [*collect(plan, ran(tmp_path, plan))[0], *collect(other, ran(tmp_path, other))[0]]
+    assert find_duplicates(frames) == [(0, 2)]
+    report = collect(other, tmp_path / "ran", beside=frames[:2])[1]
+    assert report.rejected == {"duplicate": ["twin"]}
+    assert len(collect(other, tmp_path / "ran", earlier=frames[2:], beside=frames[:2])[0]) == 2
+    for name, part in (("a", frames[:2]), ("b", frames[2:])):
+        write_labels(tmp_path / "data" / f"{name}.extxyz", part)
+    write_checksums(tmp_path / "data")
+    check = ["label", "check", str(tmp_path / "data")]
+    assert main(check) == 0
+    assert "equal: a of a.extxyz and twin of b.extxyz" in capsys.readouterr().out
+    splits = {"train": ["parent-a", "parent-b"], "valid": ["parent-c"], "test": ["parent-twin"]}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    assert main([*check, "--splits", str(tmp_path / "splits.json")]) == 2
+    printed = capsys.readouterr()
+    assert "2 / 0 / 0 in train / valid / test" in printed.out
+    assert "also trained on: a of a.extxyz and twin of b.extxyz" in printed.err
+
+
 # Differences
 
 
@@ -546,10 +670,10 @@ def test_comparison_of_two_label_files(tmp_path: Path, capsys: pytest.CaptureFix
         others += job_frames(plan, job, {**result, **changed})
     rows = {row[0]: row for row in compare_labels(frames, others)}
     assert rows["energy, mean"][2:] == ("2.000", "", "meV/atom")
-    assert rows["energy"][1:] == ("2", "1.000", "1.000", "meV/atom")
-    assert rows["forces"][1:] == ("12", f"{3 / np.sqrt(3):.3f}", "3.000", "meV/Å")
-    assert rows["stress"][1:] == ("12", "0.160", "0.160", "GPa")
-    assert rows["magnetic forces"][1:] == ("6", f"{np.sqrt(20):.3f}", "6.000", "meV/µB")
+    assert rows["energy"][1:] == ("2 of 2", "1.000", "1.000", "meV/atom")
+    assert rows["forces"][1:] == ("4 of 12", "3.000", "3.000", "meV/Å")
+    assert rows["stress"][1:] == ("12 of 12", "0.160", "0.160", "GPa")
+    assert rows["magnetic forces"][1:] == ("6 of 6", f"{np.sqrt(20):.3f}", "6.000", "meV/µB")
     others[1].positions[1] += 0.01
     with pytest.raises(LabelError, match=r"'b'.*differ"):
         compare_labels(frames, others)
@@ -652,6 +776,45 @@ def test_sampling_splits_by_parent_and_names_its_faults() -> None:
         expand({**data, "families": [broken]})
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["families"][0]["parents"][1].update(shaer=0.1), r"parent 1 of family 'x'.*'shaer': use only type"),
+        (lambda d: d["families"][0]["lattice"].update(scaled=1.1), r"the lattice of family 'x'.*'scaled'"),
+        (lambda d: d["families"][0]["lattice"].update(cell=[[1, 0, 0]]), r"parent 0 of family 'x'.*type 'b2'.*'cell'"),
+        (lambda d: d["families"][0]["lattice"].update(type="b3"), r"parent 0 of family 'x'.*type 'b3': use one of"),
+        (lambda d: d["families"][0]["parents"][1].pop("moments"), r"parent 1 of family 'x'.*lacks 'moments'"),
+        (lambda d: d["families"][0].update(trian_only=True), r"family 0 of the sampling 's'.*'trian_only'"),
+        (lambda d: d["families"].insert(0, 3), r"family 0 of the sampling 's' is not a JSON object"),
+        (lambda d: d["recipe"]["settings"].update(constrianed=False), r"settings of the recipe.*'constrianed'"),
+        (lambda d: d.pop("seed"), r"sampling lacks 'seed'"),
+        (lambda d: d.update(families={}), r"families .* no list"),
+    ],
+)
+def test_what_a_sampling_cannot_mean_is_refused(tmp_path: Path, change: Callable, words: str) -> None:
+    data = {
+        "name": "s",
+        "seed": 0,
+        "recipe": {"name": "r", "engine": "abinit", "carriers": ["Fe"], "settings": dict(SETTINGS)},
+        "families": [
+            {
+                "tag": "x",
+                "lattice": {"type": "b2", "species": ["Fe", "Al"], "a": 2.87},
+                "parents": [{"moments": [1.0]}, {"shear": 0.1, "moments": [1.0]}],
+            }
+        ],
+    }
+    (tmp_path / "s.json").write_text(json.dumps(data))
+    assert len(read_sampling(tmp_path / "s.json").jobs) == 2
+    change(data)
+    (tmp_path / "s.json").write_text(json.dumps(data))
+    with pytest.raises(LabelError, match=rf"s\.json': .*{words}"):
+        read_sampling(tmp_path / "s.json")
+    (tmp_path / "s.json").write_text("[1]")
+    with pytest.raises(LabelError, match="the sampling is not a JSON object"):
+        read_sampling(tmp_path / "s.json")
+
+
 def test_start_and_delay_move_a_family_and_change_nothing_else() -> None:
     recipe = {"name": "r", "engine": "abinit", "carriers": ["Fe"], "settings": SETTINGS}
     lattice = {"type": "bcc", "species": ["Fe"], "a": 2.83}
@@ -702,6 +865,13 @@ def test_shipped_labels_keep_contract_checksums_and_splits(system: Path) -> None
         assert {atoms.info["parent"] for atoms in frames} <= splits.train | splits.valid | splits.test
         names = [atoms.info["name"] for atoms in frames]
         assert len(names) == len(set(names))
+
+
+def test_shipped_labels_answer_their_plans_and_no_finer_mesh() -> None:
+    frames = read_checked(BENCHMARKS / "FeAl/data/abinit_collinear.extxyz")
+    found = earlier_labels(read_plan(BENCHMARKS / "FeAl/plans/collinear.json"), frames)
+    assert len(found) == len(frames)
+    assert not earlier_labels(read_plan(BENCHMARKS / "FeAl/checks/mesh.json"), frames)
 
 
 def test_shipped_plans_come_from_their_sampling() -> None:

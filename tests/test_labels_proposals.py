@@ -1,6 +1,7 @@
 """Proposals: where they come from, what they may not touch, and that disagreement chooses them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,8 +102,24 @@ def test_a_cap_for_each_parent_and_no_state_twice():
 
 def labelled(candidate):
     atoms = candidate.atoms.copy()
-    atoms.info["parent"] = "known already"
+    atoms.info.update(parent=candidate.parent, name="known already")
     return atoms
+
+
+def test_what_is_kept_for_testing_changes_nothing():
+    """Neither the moments nor the states of frames that are not trained on steer the proposals."""
+    members = [model(), model(0.1)]
+    plan, chosen = propose(FRAMES, TRAIN, members, RECIPE, "next", 12, candidates=64)
+    others = [frame(parent, 0.05, 2.9) for parent in ("p4", "p5")]
+    others += [labelled(replace(candidate, parent="p5")) for candidate in chosen]
+    again, _ = propose([*FRAMES[:8], *others], TRAIN, members, RECIPE, "next", 12, candidates=64)
+    assert again == plan
+
+
+def test_numbers_go_on_after_those_of_labels_at_hand():
+    known = [*FRAMES, frame("p0", 0.001, 1.0, name="next-6"), frame("p1", 0.001, 1.0, name="next-8-d1")]
+    plan, _ = propose(known, TRAIN, [model(), model(0.1)], RECIPE, "next", 3, candidates=32)
+    assert [job.name for job in plan.jobs] == ["next-7", "next-8", "next-9"]
 
 
 def test_window_leaves_out_high_energies():

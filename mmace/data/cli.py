@@ -11,7 +11,7 @@ from ase.data import atomic_numbers
 
 from ..errors import LabelError
 from .deepmd import read_deepmd
-from .importing import settle_signs, sign_evidence
+from .importing import refuse_other_units, settle_signs, sign_evidence
 from .matpes import MOMENTS, read_matpes
 from .mlip import read_mlip
 from .renamed import NAMES, STRESS_UNITS, read_renamed
@@ -70,6 +70,7 @@ def _convert(args: argparse.Namespace) -> int:
             (atoms.arrays if name == "magnetic_forces" else atoms.calc.results).pop(name, None)
         atoms.info["code"] = args.code or atoms.info.get("code", "unknown")
         atoms.info["recipe"] = args.recipe or atoms.info.get("recipe", f"imported from {args.format}")
+    refuse_other_units(frames, _units(args))
     stress, magnetic = _signs(args)
     settle_signs(frames, stress, magnetic, HOW)
     write_labels(args.output, frames)
@@ -105,6 +106,16 @@ def _signs(args: argparse.Namespace) -> tuple[int | None, int | None]:
     stress = settled if args.stress_sign is None else (1 if args.stress_sign == convention else -1)
     magnetic = settled if args.magnetic_sign is None else (1 if args.magnetic_sign == "force" else -1)
     return stress, magnetic
+
+
+def _units(args: argparse.Namespace) -> dict[str, str]:
+    """Units that the readers took forces, stress and magnetic forces to be in; virials have none of a stress."""
+    units = {"forces": "eV/A", "magnetic_forces": "eV/muB"}
+    if args.format == "matpes":
+        units["stress"] = "kbar"
+    elif args.format == "extxyz" and "virials" not in _split(args.map, "--map"):
+        units["stress"] = args.stress_unit or "eV/A3"
+    return units
 
 
 def _refuse_options_of_others(args: argparse.Namespace) -> None:

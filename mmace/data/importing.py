@@ -13,6 +13,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from ase.units import Bohr, GPa, Hartree, Rydberg
 
 from ..errors import LabelError
 from .labels import SAME_GEOMETRY
@@ -23,6 +24,21 @@ MAX_FRAMES = 1000  # of one composition in the check of signs
 MAX_STRAIN, MAX_SHIFT, MAX_TURN = 0.08, 0.3, 0.8  # logarithmic strain, Å, µB between two frames of a pair
 SMALL_WORK = 1e-3  # eV; pairs with less say little
 ACCEPTED = 0.35  # a coefficient this close to ±1, and a standard error below a third of it, settles a sign
+CERTAIN = 5.0  # standard errors from ±1 that, beyond ACCEPTED, tell another unit
+FEWEST_PAIRS = 6
+UNMODELLED = 8.0  # a factor that constrained moments whose magnetic forces are not in the file may explain
+UNITS = {
+    "forces": {"eV/A": 1.0, "eV/Bohr": 1 / Bohr, "Ry/Bohr": Rydberg / Bohr, "Ha/Bohr": Hartree / Bohr},
+    "stress": {
+        "eV/A3": 1.0,
+        "GPa": GPa,
+        "kbar": 0.1 * GPa,
+        "Ry/Bohr3": Rydberg / Bohr**3,
+        "Ha/Bohr3": Hartree / Bohr**3,
+    },
+    "magnetic_forces": {"eV/muB": 1.0, "meV/muB": 1e-3, "Ry/muB": Rydberg, "Ha/muB": Hartree},
+}
+"""Units that files are found to be in, in those of the label contract."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,12 @@ class SignEvidence:
         """1 or -1 where the data settle it, 0 where they do not."""
         settled = abs(abs(self.factor) - 1.0) < ACCEPTED and self.error < ACCEPTED / 3
         return int(np.sign(self.factor)) if settled else 0
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether the factor is certainly neither 1 nor -1."""
+        distance = abs(abs(self.factor) - 1.0)
+        return self.pairs >= FEWEST_PAIRS and distance > max(ACCEPTED, CERTAIN * self.error)
 
     def __str__(self) -> str:
         return f"factor {self.factor:.2f} ± {self.error:.2f} from {self.pairs} pairs of frames"
@@ -156,34 +178,62 @@ def sign_evidence(frames: Sequence[Atoms]) -> dict[str, SignEvidence]:
     dict of SignEvidence
         For `forces`, `stress` and `magnetic_forces`.
     """
-    groups: dict[tuple[str, ...], list[Atoms]] = defaultdict(list)
-    for atoms in frames:
-        if "energy" in atoms.calc.results and atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > 0:
-            groups[tuple(atoms.get_chemical_symbols())].append(atoms)
-    constrained = any("magnetic_forces" in atoms.arrays for atoms in frames)
-    rows = []
-    for group in groups.values():
-        step = -(-len(group) // MAX_FRAMES)
-        rows += _pairs(group[::step], constrained)
-    unknown = {name: SignEvidence(np.nan, np.nan, 0) for name in TERMS}
-    if not rows:
-        return unknown
-    table = np.array(rows)
-    table = table[np.abs(table[:, 1:]).sum(1) > SMALL_WORK]
-    table = table / np.abs(table[:, 1:]).sum(1, keepdims=True)
-    present = [k for k in range(3) if np.any(np.abs(table[:, 1 + k]) > 0.05)]
-    if len(table) < len(present) + 2 or not present:
-        return unknown
-    design = table[:, [1 + k for k in present]]
-    factors, _, rank, _ = np.linalg.lstsq(design, table[:, 0], rcond=1e-6)
-    if rank < len(present):
-        return unknown
-    variance = np.sum((table[:, 0] - design @ factors) ** 2) / (len(table) - len(present))
-    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.inv(design.T @ design)), 0.0))
-    for k, factor, error in zip(present, factors, errors, strict=True):
-        pairs = int(np.sum(np.abs(table[:, 1 + k]) > 0.05))
-        unknown[TERMS[k]] = SignEvidence(float(factor), float(error), pairs)
-    return unknown
+    return _fitted(_work_of_pairs(frames))
+
+
+def refuse_other_units(frames: Sequence[Atoms], read_as: Mapping[str, str]) -> None:
+    """Refuse forces, stress or magnetic forces whose size the energies contradict.
+
+    Parameters
+    ----------
+    frames : sequence of Atoms
+        Frames as they were read.
+    read_as : mapping
+        For some of `forces`, `stress` and `magnetic_forces`, the unit (of `UNITS`) in which they were read.
+
+    Raises
+    ------
+    LabelError
+        Names the quantity and the unit that it appears to be in, where one of `UNITS` fits.
+    """
+    rows = _work_of_pairs(frames)
+    evidence = _fitted(rows)
+    held = [name for name in ("stress", "magnetic_forces", "forces") if any(_holds(atoms, name) for atoms in frames)]
+    trials = {name: _in_other_units(rows, name, read_as.get(name)) for name in held if not evidence[name].sign}
+    for name, trial in trials.items():
+        for unit, found in trial.items():
+            if found.sign:
+                raise LabelError(_wrong_unit(name, read_as[name], unit, found))
+    for name, trial in trials.items():
+        explained = "magnetic_forces" not in held and 1 / UNMODELLED < abs(evidence[name].factor) < UNMODELLED
+        if evidence[name].contradicts and not explained:
+            for unit, found in trial.items():
+                if abs(abs(found.factor) - 1.0) < ACCEPTED:
+                    raise LabelError(_wrong_unit(name, read_as[name], unit, found))
+            raise LabelError(
+                f"the energies contradict the size of the {name.replace('_', ' ')} ({evidence[name]}), and no unit "
+                f"known here explains it: mend the data, or leave it out with --drop {name}."
+            )
+
+
+def _in_other_units(rows: np.ndarray, name: str, read_as: str | None) -> dict[str, SignEvidence]:
+    """Evidence on one quantity, were the file in each of the other units; none where its unit has no name."""
+    if read_as is None:
+        return {}
+    trial = {}
+    for unit, value in UNITS[name].items():
+        scales = np.ones(1 + len(TERMS))
+        scales[1 + TERMS.index(name)] = value / UNITS[name][read_as]
+        if unit != read_as:
+            trial[unit] = _fitted(rows * scales)[name]
+    return trial
+
+
+def _wrong_unit(name: str, read_as: str, unit: str, found: SignEvidence) -> str:
+    return (
+        f"by the energies the unit of the {name.replace('_', ' ')} is {unit} ({found}), not {read_as}: give or convert "
+        f"to the right one, or leave it out with --drop {name}."
+    )
 
 
 def settle_signs(frames: Sequence[Atoms], stress: int | None, magnetic: int | None, how: Mapping[str, str]) -> None:
@@ -265,6 +315,40 @@ def _finite(values: Any, shape: tuple[int, ...], what: str, where: str) -> np.nd
     if not np.isfinite(array).all():
         raise LabelError(f"{where}: {what} is not finite: leave out what is not known.")
     return array
+
+
+def _work_of_pairs(frames: Sequence[Atoms]) -> np.ndarray:
+    """Energy differences and work (eV) by forces, stress and magnetic forces, (P, 4), of pairs of nearby frames."""
+    groups: dict[tuple[str, ...], list[Atoms]] = defaultdict(list)
+    for atoms in frames:
+        if "energy" in atoms.calc.results and atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > 0:
+            groups[tuple(atoms.get_chemical_symbols())].append(atoms)
+    constrained = any("magnetic_forces" in atoms.arrays for atoms in frames)
+    rows = []
+    for group in groups.values():
+        step = -(-len(group) // MAX_FRAMES)
+        rows += _pairs(group[::step], constrained)
+    return np.array(rows).reshape(-1, 4)
+
+
+def _fitted(table: np.ndarray) -> dict[str, SignEvidence]:
+    """Factors on the three kinds of work that give the energy differences best."""
+    unknown = {name: SignEvidence(np.nan, np.nan, 0) for name in TERMS}
+    table = table[np.abs(table[:, 1:]).sum(1) > SMALL_WORK]
+    table = table / np.abs(table[:, 1:]).sum(1, keepdims=True)
+    present = [k for k in range(3) if np.any(np.abs(table[:, 1 + k]) > 0.05)]
+    if len(table) < len(present) + 2 or not present:
+        return unknown
+    design = table[:, [1 + k for k in present]]
+    factors, _, rank, _ = np.linalg.lstsq(design, table[:, 0], rcond=1e-6)
+    if rank < len(present):
+        return unknown
+    variance = np.sum((table[:, 0] - design @ factors) ** 2) / (len(table) - len(present))
+    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.inv(design.T @ design)), 0.0))
+    for k, factor, error in zip(present, factors, errors, strict=True):
+        pairs = int(np.sum(np.abs(table[:, 1 + k]) > 0.05))
+        unknown[TERMS[k]] = SignEvidence(float(factor), float(error), pairs)
+    return unknown
 
 
 def _pairs(group: Sequence[Atoms], constrained: bool) -> list[list[float]]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.units import GPa
 
 from ..errors import LabelError
-from .importing import make_frame, voigt, with_parents
+from .importing import UNITS, make_frame, voigt, with_parents
 from .labels import read_frames
 
 NAMES = {
@@ -29,7 +28,7 @@ NAMES = {
     "soc": "soc",
     "anisotropy_group": "anisotropy_group",
 }
-STRESS_UNITS = {"eV/A3": 1.0, "GPa": GPa, "kbar": 0.1 * GPa}
+STRESS_UNITS = {unit: UNITS["stress"][unit] for unit in ("eV/A3", "GPa", "kbar")}
 
 
 def read_renamed(

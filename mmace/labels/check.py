@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .gate import MOMENT_TOLERANCE, judge
 from .plan import Job, Plan, make_job
 from .run import read_result
 
+ZERO = 1e-4  # meV/Å, GPa, meV/µB: below what label files hold
 STEPS = {"force": 0.01, "stress": 0.005, "magnetic": 0.05}
 COMPARED = {
     "energy": ("energy", 1e-3, "meV/atom"),
@@ -101,14 +102,15 @@ def refined_plan(plan: Plan, names: Sequence[str], spacing: float) -> Plan:
 def compare_labels(first: Sequence[Atoms], second: Sequence[Atoms]) -> list[tuple[str, ...]]:
     """Differences between labels of the same names in two files, as root mean squares and largest values.
 
-    Energies by frame; forces and magnetic forces by component, where both files know them; stress by component.
-    The mean of the energies' differences is taken out of their root mean square (it shifts no energy difference) and
-    stated by itself.
+    Energies by frame; forces, stress and magnetic forces by component, where both files know them. A component that
+    is zero in both is left out: symmetry makes it so, and its difference says nothing about the settings. The mean of
+    the energies' differences is taken out of their root mean square (it shifts no energy difference) and stated by
+    itself.
 
     Returns
     -------
     list of tuple of str
-        Quantity, how many were compared, RMS, largest, unit.
+        Quantity, how many values count of how many, RMS, largest, unit.
 
     Raises
     ------
@@ -119,29 +121,37 @@ def compare_labels(first: Sequence[Atoms], second: Sequence[Atoms]) -> list[tupl
     pairs = [(atoms, others[atoms.info["name"]]) for atoms in first if atoms.info["name"] in others]
     if not pairs:
         raise LabelError("the two label files have no frame of the same name")
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[np.ndarray]] = {key: [np.zeros((2, 0))] for key in COMPARED}
     for one, other in pairs:
         if not _alike(one, other):
             raise LabelError(f"the frames {one.info['name']!r} of the two label files differ in structure or moments")
-        results, reference = one.calc.results, other.calc.results
-        found.setdefault("energy", []).append(np.array([results["energy"] - reference["energy"]]) / len(one))
+        energies = [[atoms.get_potential_energy() / len(atoms)] for atoms in (one, other)]
+        found["energy"].append(np.array(energies))
         for key in ("forces", "stress"):
-            if key in results and key in reference:
-                found.setdefault(key, []).append(np.ravel(results[key] - reference[key]))
-        if "magnetic_forces" in one.arrays and "magnetic_forces" in other.arrays:
-            change = one.arrays["magnetic_forces"] - other.arrays["magnetic_forces"]
-            found.setdefault("magnetic_forces", []).append(change[np.isfinite(change)])
+            found[key].append(_both(one.calc.results, other.calc.results, key))
+        found["magnetic_forces"].append(_both(one.arrays, other.arrays, "magnetic_forces"))
     rows: list[tuple[str, ...]] = []
     for key, (name, factor, unit) in COMPARED.items():
-        values = np.concatenate(found.get(key, [np.zeros(0)])) / factor
+        first_values, second_values = np.concatenate(found[key], axis=1) / factor
+        counts = np.maximum(np.abs(first_values), np.abs(second_values)) > ZERO
+        values = (first_values - second_values)[counts]
         if not len(values):
             continue
         if key == "energy":
             mean = float(values.mean())
             rows.append(("energy, mean", str(len(values)), f"{mean:.3f}", "", unit))
             values = values - mean
-        rows.append((name, str(len(values)), f"{np.sqrt(np.mean(values**2)):.3f}", f"{np.abs(values).max():.3f}", unit))
+        number = f"{len(values)} of {len(counts)}"
+        rows.append((name, number, f"{np.sqrt(np.mean(values**2)):.3f}", f"{np.abs(values).max():.3f}", unit))
     return rows
+
+
+def _both(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    """Components (2, F) of a quantity that both hold and know."""
+    if key not in one or key not in other:
+        return np.zeros((2, 0))
+    values = np.array([np.ravel(one[key]), np.ravel(other[key])], dtype=float)
+    return values[:, np.isfinite(values).all(axis=0)]
 
 
 def difference_plan(plan: Plan, name: str) -> Plan:

@@ -8,19 +8,23 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..data import PARTS, read_splits
+from ..data import PARTS, Splits, label_from_atoms, read_splits
 from ..errors import LabelError
 from . import check
+from .collecting import collect, earlier_labels, earlier_rejections
 from .files import check_checksums, read_checked, write_checksums, write_labels, write_text
-from .gate import collect, earlier_labels
+from .gate import find_duplicates, one_of_each_job
 from .plan import read_plan, write_plan, write_splits
-from .run import GPAW_VARIABLE, find_programs, run_plan
+from .run import GPAW_VARIABLE, find_programs, job_key, run_plan
 from .sampling import read_sampling
 
 WORK = "labels-work"
@@ -78,13 +82,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "-o",
         "--output",
         required=True,
-        help="extended XYZ file, whose labels of this plan stay; SHA256SUMS beside it is renewed",
+        help="extended XYZ file, whose labels stay; SHA256SUMS beside it is renewed",
     )
     gather.add_argument("--report", help="JSON file for the counts of what was rejected and why")
     gather.set_defaults(run=_collect)
 
-    verify = actions.add_parser("check", help="check label files against the contract and their checksums")
-    verify.add_argument("folder", help="folder with *.extxyz and SHA256SUMS")
+    verify = actions.add_parser("check", help="check and count label files: contract, checksums, duplicates")
+    verify.add_argument("folder", help="folder with *.extxyz and SHA256SUMS, and the reports beside them")
+    verify.add_argument(
+        "--splits", help="JSON file with the parents of each part: count the parts, and keep them apart"
+    )
     verify.set_defaults(run=_check)
 
     again = actions.add_parser("reproduce", help="label frames of a file again and compare")
@@ -192,39 +199,60 @@ def _run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_checked(path)]))
     if args.report:
-        finished |= {name for names in _rejected(args.report).values() for name in names}
+        finished |= earlier_rejections(plan, _report(args.report)).keys()
     counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only, finished)
     print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     return 0
 
 
 def _collect(args: argparse.Namespace) -> int:
-    plan = read_plan(args.plan)
-    earlier = read_checked(args.output) if Path(args.output).is_file() else []
-    known = _rejected(args.report) if args.report and Path(args.report).is_file() else {}
-    frames, report = collect(plan, args.work, earlier, known)
+    plan, output = read_plan(args.plan), Path(args.output)
+    earlier = read_checked(output) if output.is_file() else []
+    known = _report(args.report) if args.report and Path(args.report).is_file() else {"rejected": {}}
+    frames, report = collect(plan, args.work, earlier, earlier_rejections(plan, known), _labels_beside(output))
     if not frames:
         raise LabelError(f"no finished label of {plan.name!r} under {args.work!r}; run the plan first")
-    write_labels(args.output, frames)
-    write_checksums(Path(args.output).parent)
+    write_labels(output, frames)
+    write_checksums(output.parent)
     rejected = dict(sorted(report.rejected.items()))
     if args.report:
+        own = {job_key(plan, job) for job in plan.jobs}
+        others = {key: reason for key, reason in known.get("rejected_keys", {}).items() if key not in own}
         summary = {
             "plan": plan.name,
+            "planned": len(plan.jobs),
             "accepted": report.accepted,
             "unfinished": report.unfinished,
             "rejected": rejected,
+            "rejected_keys": others | report.rejected_keys,
         }
         write_text(args.report, json.dumps(summary, indent=1) + "\n")
-    print(f"{args.output}: {report.accepted} labels; {report.unfinished} jobs not finished")
+    kept = f", and {report.kept} that it held before" if report.kept else ""
+    print(f"{args.output}: {report.accepted} labels of the plan{kept}; {report.unfinished} jobs not finished")
     for reason, names in rejected.items():
         print(f"rejected, {reason}: {len(names)} ({', '.join(names)})")
     return 0
 
 
-def _rejected(path: str) -> dict[str, list[str]]:
+def _labels_beside(output: Path) -> list[Atoms]:
+    """Labels of the other files in the folder of an output; what holds no labels is left out."""
+    found: list[Atoms] = []
+    for path in sorted(output.parent.glob("*.extxyz")):
+        if path.name == output.name:
+            continue
+        try:
+            found += read_checked(path)
+        except LabelError as error:
+            print(f"{path.name} is left out of the search for duplicates: {error}")
+    return found
+
+
+def _report(path: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(Path(path).read_text())["rejected"])
+        report = json.loads(Path(path).read_text())
+        if not isinstance(report["rejected"], dict) or not isinstance(report.get("rejected_keys", {}), dict):
+            raise TypeError
+        return dict(report)
     except OSError as error:
         raise LabelError(f"cannot read the report {path!r}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
@@ -232,10 +260,43 @@ def _rejected(path: str) -> dict[str, list[str]]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    for name in check_checksums(args.folder):
-        frames = read_checked(Path(args.folder) / name)
-        print(f"{name}: {len(frames)} labels, {len({atoms.info['parent'] for atoms in frames})} parents")
+    splits = read_splits(args.splits) if args.splits else None
+    folder, places, frames = Path(args.folder), [], []
+    for name in check_checksums(folder):
+        found = read_checked(folder / name)
+        print(f"{name}: {_counts(folder / name, found, splits)}")
+        places += [name] * len(found)
+        frames += found
+    leaks = []
+    for one, other in find_duplicates(frames):
+        what = " and ".join(f"{frames[k].info['name']} of {places[k]}" for k in (one, other))
+        print(f"equal: {what}")
+        if splits and {_part(frames[k], splits) for k in (one, other)} == {"train", "test"}:
+            leaks.append(what)
+    if leaks:
+        raise LabelError(f"a label for testing is also trained on: {leaks[0]}; move the parent of one, or drop it")
     return 0
+
+
+def _counts(path: Path, frames: Sequence[Atoms], splits: Splits | None) -> str:
+    """Labels, parents and jobs of a file in words, by part where the splits are known."""
+    jobs = len(one_of_each_job(frames))
+    words = [f"{len(frames)} labels of {jobs} jobs, {len({atoms.info['parent'] for atoms in frames})} parents"]
+    if splits:
+        parts = Counter(_part(atoms, splits) for atoms in frames)
+        words.append(f"{' / '.join(str(parts[part]) for part in PARTS)} in {' / '.join(PARTS)}")
+    path = path.with_name(f"{path.stem}.report.json")
+    if path.is_file():
+        report = _report(str(path))
+        rejected = {reason: len(names) for reason, names in report["rejected"].items()}
+        planned = report.get("planned", jobs + report["unfinished"] + sum(rejected.values()))
+        words.append(f"planned {planned}, finished {planned - report['unfinished']}")
+        words += [f"rejected {', '.join(f'{n} {reason}' for reason, n in rejected.items())}"] if rejected else []
+    return "; ".join(words)
+
+
+def _part(atoms: Atoms, splits: Splits) -> str:
+    return splits.part_of(label_from_atoms(atoms, str(atoms.info["name"])))
 
 
 def _reproduce(args: argparse.Namespace) -> int:

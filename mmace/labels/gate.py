@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from ase.neighborlist import neighbor_list
 from spglib import get_symmetry_dataset
 
 from ..errors import LabelError
-from .plan import Job, Plan, Recipe
-from .run import read_result
+from .plan import Job, Plan
+from .run import job_key
 
 MOMENT_TOLERANCE = 2e-3
 COLLAPSED_MOMENT = 0.1
@@ -23,22 +22,7 @@ SPREAD_TOLERANCE = 2e-2
 DUPLICATE_TOLERANCE = 1e-5
 DUPLICATE_ENERGY = 1e-4
 _RANGE = 5.0
-
-
-@dataclass
-class Report:
-    """What the gate let through and what it did not.
-
-    Attributes
-    ----------
-    accepted, unfinished : int
-        Frames written, jobs without a result yet.
-    rejected : dict reason → names of jobs
-    """
-
-    accepted: int = 0
-    unfinished: int = 0
-    rejected: dict[str, list[str]] = field(default_factory=dict)
+_ELEMENT_WEIGHT = 0.1  # more than the tolerance of a fingerprint, less than what the structure weighs
 
 
 def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | None:
@@ -54,14 +38,16 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
     Returns
     -------
     str or None
-        `failed`, `scf` (did not converge), `moment` (off its target by more than 2e-3 µB), `asymmetry`
-        (equivalent atoms differ in their magnetic forces by more than 20 meV/µB: the SCF settled beside the symmetry),
-        `collapsed` (an anisotropy job whose moments vanished), or None.
+        `failed`, `scf` (did not converge), `not finite` (energy, forces or stress), `moment` (off its target by more
+        than 2e-3 µB), `asymmetry` (equivalent atoms differ in their magnetic forces by more than 20 meV/µB: the SCF
+        settled beside the symmetry), `collapsed` (an anisotropy job whose moments vanished), or None.
     """
     if "failed" in result:
         return "failed"
     if not result["converged"]:
         return "scf"
+    if not all(np.isfinite(result[key]).all() for key in ("energy", "forces", "stress") if key in result):
+        return "not finite"
     held = np.isin(job.symbols, carriers)
     if "soc_energies" in result:
         if np.abs(np.array(result["moments"])[held]).max() < COLLAPSED_MOMENT:
@@ -99,98 +85,6 @@ def _equivalent(job: Job, carriers: Sequence[str]) -> list[np.ndarray]:
     return [(classes == k) & held for k in np.unique(classes[held])]
 
 
-def earlier_labels(plan: Plan, frames: Sequence[Atoms]) -> dict[str, list[Atoms]]:
-    """Labels of an earlier run that still answer the jobs of a plan, so that label files are enough to go on from.
-
-    Parameters
-    ----------
-    plan : Plan
-    frames : sequence of Atoms
-        From label files.
-
-    Returns
-    -------
-    dict name of a job → list of Atoms
-        One frame, or one for each direction of an anisotropy job. A frame whose recipe, structure or moments are not
-        those of the job of its name is left out.
-    """
-    by_name: dict[str, list[Atoms]] = {}
-    for atoms in frames:
-        if atoms.info["recipe"] == plan.recipe.name:
-            by_name.setdefault(atoms.info.get("anisotropy_group", atoms.info["name"]), []).append(atoms)
-    found = {}
-    for job in plan.jobs:
-        labels = by_name.get(job.name, [])
-        directions = plan.settings(job).get("directions", [None])
-        if len(labels) == len(directions) and all(_answers(job, atoms, plan.recipe) for atoms in labels):
-            found[job.name] = labels
-    return found
-
-
-def _answers(job: Job, atoms: Atoms, recipe: Recipe) -> bool:
-    asked = job.atoms()
-    if tuple(atoms.symbols) != job.symbols or atoms.info["parent"] != job.parent:
-        return False
-    if not np.allclose(atoms.cell.array, asked.cell.array, atol=1e-6):
-        return False
-    if not np.allclose(atoms.positions, asked.positions, atol=1e-6):
-        return False
-    if recipe.engine != "abinit" or not recipe.settings.get("constrained", True):
-        return True
-    reached, targets = atoms.arrays["initial_magmoms"], np.array(job.moments)
-    return bool(np.allclose(reached, targets, atol=MOMENT_TOLERANCE))
-
-
-def collect(
-    plan: Plan, work: str | Path, earlier: Sequence[Atoms] = (), rejected: Mapping[str, Sequence[str]] | None = None
-) -> tuple[list[Atoms], Report]:
-    """Labels of all finished jobs of a plan that pass the gate.
-
-    Parameters
-    ----------
-    plan : Plan
-    work : path
-        Where the plan was run.
-    earlier : sequence of Atoms
-        Labels that an earlier run collected: they stand for jobs without a result in `work`.
-    rejected : mapping reason → names of jobs, optional
-        What an earlier run rejected, of jobs without a result in `work`.
-
-    Returns
-    -------
-    frames : list of Atoms
-        In the label contract, in the order of the plan.
-    report : Report
-    """
-    frames: list[Atoms] = []
-    report = Report()
-    known: list[tuple[np.ndarray, float]] = []
-    before = earlier_labels(plan, earlier)
-    refused = {name: reason for reason, names in (rejected or {}).items() for name in names}
-    for job in plan.jobs:
-        result = read_result(plan, job, work)
-        if result is not None:
-            reason = judge(job, result, plan.recipe.carriers)
-        elif job.name in before or job.name in refused:
-            reason = None if job.name in before else refused[job.name]
-        else:
-            report.unfinished += 1
-            continue
-        if reason is None:
-            labels = before[job.name] if result is None else job_frames(plan, job, result)
-            print_of = fingerprint(labels[0])
-            energy = labels[0].get_potential_energy() / len(labels[0])
-            if any(_same(print_of, energy, *other) for other in known):
-                reason = "duplicate"
-            else:
-                known.append((print_of, energy))
-                frames += labels
-        if reason is not None:
-            report.rejected.setdefault(reason, []).append(job.name)
-    report.accepted = len(frames)
-    return frames, report
-
-
 def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
     """Frames of one accepted result: one, or one for each direction of an anisotropy job.
 
@@ -198,7 +92,7 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
     `stress` leaves out a stress whose cut-off is too low. Equivalent atoms get the mean of their magnetic forces: the
     spheres are integrated on a grid, on whose points atoms lie or do not.
     """
-    info = {"parent": job.parent, "code": result["code"], "recipe": plan.recipe.name}
+    info = {"parent": job.parent, "code": result["code"], "recipe": plan.recipe.name, "job_key": job_key(plan, job)}
     held = np.isin(job.symbols, plan.recipe.carriers)
     if plan.recipe.engine == "abinit":
         settings = plan.settings(job)
@@ -232,8 +126,9 @@ def job_frames(plan: Plan, job: Job, result: dict[str, Any]) -> list[Atoms]:
 def fingerprint(atoms: Atoms) -> np.ndarray:
     """Smooth invariants of a structure with its moments, per atom; equal for equivalent descriptions of one state.
 
-    Sums over pairs of elements within 5 Å of powers of the distance, with and without m_i·m_j, of |m|², and the
-    principal values of the sum of r⊗r, which tell a stretched cubic crystal from a compressed one.
+    Atomic numbers, and per atom: sums over pairs of elements within 5 Å of powers of the distance, with and without
+    m_i·m_j, of |m|², and the principal values of the sum of r⊗r, which tell a stretched cubic crystal from a compressed
+    one.
 
     Parameters
     ----------
@@ -254,7 +149,7 @@ def fingerprint(atoms: Atoms) -> np.ndarray:
     values: list[float] = []
     elements = np.unique(numbers)
     for i, z in enumerate(elements):
-        values += [float(z), float(np.sum(numbers == z)), float(np.sum(moments[numbers == z] ** 2))]
+        values += [float(np.sum(numbers == z)), float(np.sum(moments[numbers == z] ** 2))]
         for other in elements[i:]:
             pair = ((numbers[first] == z) & (numbers[second] == other)) | (
                 (numbers[first] == other) & (numbers[second] == z)
@@ -262,15 +157,68 @@ def fingerprint(atoms: Atoms) -> np.ndarray:
             for power in range(4):
                 weight = window[pair] * (2.5 / distance[pair]) ** power
                 values += [float(weight.sum()), float((weight * products[pair]).sum())]
-    return np.array([*values, *np.linalg.eigvalsh(shape)]) / len(atoms)
+    per_atom = np.array([*values, *np.linalg.eigvalsh(shape)]) / len(atoms)
+    return np.concatenate([_ELEMENT_WEIGHT * elements, per_atom])
 
 
-def _same(a: np.ndarray, energy_a: float, b: np.ndarray, energy_b: float) -> bool:
-    return (
-        a.shape == b.shape
-        and abs(energy_a - energy_b) < DUPLICATE_ENERGY
-        and bool(np.allclose(a, b, rtol=DUPLICATE_TOLERANCE, atol=2 * MOMENT_TOLERANCE))
-    )
+@dataclass(frozen=True)
+class State:
+    """What tells whether two labels are equivalent.
+
+    Attributes
+    ----------
+    mark : array, shape=(F,)
+        The `fingerprint`.
+    energy : float
+        eV/atom.
+    soc : bool
+    """
+
+    mark: np.ndarray
+    energy: float
+    soc: bool
+
+    @classmethod
+    def of(cls, atoms: Atoms) -> State:
+        """State of a label."""
+        return cls(fingerprint(atoms), atoms.get_potential_energy() / len(atoms), bool(atoms.info["soc"]))
+
+    def equals(self, other: State) -> bool:
+        """Whether structure and moments agree to 1e-5 and the energies to 0.1 meV/atom."""
+        return (
+            self.soc == other.soc
+            and self.mark.shape == other.mark.shape
+            and abs(self.energy - other.energy) < DUPLICATE_ENERGY
+            and bool(np.allclose(self.mark, other.mark, rtol=DUPLICATE_TOLERANCE, atol=2 * MOMENT_TOLERANCE))
+        )
+
+
+def job_name(atoms: Atoms) -> str:
+    """Name of the job that a label came from; all directions of an anisotropy job share it."""
+    return str(atoms.info.get("anisotropy_group", atoms.info["name"]))
+
+
+def one_of_each_job(frames: Iterable[Atoms]) -> list[Atoms]:
+    """The first label of each job: the directions of an anisotropy job are one state."""
+    first: dict[str, Atoms] = {}
+    for atoms in frames:
+        first.setdefault(job_name(atoms), atoms)
+    return list(first.values())
+
+
+def find_duplicates(frames: Sequence[Atoms]) -> list[tuple[int, int]]:
+    """Pairs of labels of different jobs that are equivalent, by their places in the sequence."""
+    first = {id(atoms) for atoms in one_of_each_job(frames)}
+    states = [(State.of(atoms), place) for place, atoms in enumerate(frames) if id(atoms) in first]
+    states.sort(key=lambda entry: entry[0].energy)
+    pairs = []
+    for k, (state, place) in enumerate(states):
+        for other, there in states[k + 1 :]:
+            if other.energy - state.energy >= DUPLICATE_ENERGY:
+                break
+            if state.equals(other):
+                pairs.append((min(place, there), max(place, there)))
+    return sorted(pairs)
 
 
 def _keep_parallel(atoms: Atoms, moments: np.ndarray, gradients: np.ndarray) -> None:

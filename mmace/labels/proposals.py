@@ -2,13 +2,14 @@
 
 Candidates are training structures after random strains, displacements, changes of moments, and short random walks of
 positions and moments at a temperature on the committee's own surface. Those on which the members disagree most are
-taken, not too many from one parent and none twice. Parents of validation and testing are never looked at, and a
-proposal keeps the parent it came from, so the splits stay what they are.
+taken, not too many from one parent and none twice. Labels of other than training parents are never looked at, not even
+to leave out what they hold already, and a proposal keeps the parent it came from, so the splits stay what they are.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def propose(
     Parameters
     ----------
     frames : sequence of Atoms
-        Labels at hand, with info `parent`; those with spin-orbit coupling are left out.
+        Labels at hand, with info `parent` and `name`; those with spin-orbit coupling are left out.
     train_parents : collection of str
         Parents that may be used.
     models : sequence of MagneticMACE
@@ -101,7 +102,7 @@ def propose(
     recipe : labels.Recipe
         Recipe of the plan; a collinear one gets moments along z.
     name : str
-        Name of the plan, and the beginning of its jobs' names.
+        Name of the plan, and the beginning of its jobs' names; their numbers go on after those of the labels at hand.
     count : int
         Labels wanted.
     candidates : int
@@ -133,8 +134,8 @@ def propose(
     if recipe.engine != "abinit":
         raise LabelError(f"proposals are for constrained moments (engine abinit), not for {recipe.engine}")
     allowed = set(train_parents)
-    known = [atoms for atoms in frames if not atoms.info.get("soc", 0)]
-    bases = [atoms for atoms in known if atoms.info.get("parent") in allowed and len(atoms) <= max_atoms]
+    known = [atoms for atoms in frames if not atoms.info.get("soc", 0) and atoms.info.get("parent") in allowed]
+    bases = [atoms for atoms in known if len(atoms) <= max_atoms]
     if not bases:
         raise LabelError(f"no label of a training parent has at most {max_atoms} atoms: nothing to start from")
     rng = np.random.default_rng(seed)
@@ -145,9 +146,16 @@ def propose(
         chunk = _walked(drawn[start : start + GRAPHS_AT_ONCE], models, longest, rng)
         rated += _rated([c for c in chunk if _is_sound(c.atoms)], models)
         progress(min(start + GRAPHS_AT_ONCE, len(drawn)), len(drawn))
-    chosen = _choose(rated, [atoms for atoms in known if len(atoms) <= max_atoms], count, per_parent, window)
-    jobs = tuple(_job(candidate, f"{name}-{number}") for number, candidate in enumerate(chosen))
+    chosen = _choose(rated, bases, count, per_parent, window)
+    start = _next_number(name, known)
+    jobs = tuple(_job(candidate, f"{name}-{number}") for number, candidate in enumerate(chosen, start))
     return Plan(name, recipe, jobs), chosen
+
+
+def _next_number(name: str, known: Sequence[Atoms]) -> int:
+    """First number that no label of an earlier plan of the same name has."""
+    found = [re.fullmatch(rf"{re.escape(name)}-(\d+)", atoms.info["name"]) for atoms in known]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def _longest_moments(frames: Sequence[Atoms], carriers: Sequence[str]) -> dict[str, float]:

@@ -22,6 +22,28 @@ from .abinit import kpoint_mesh
 from .plan import Job, Plan, Recipe, make_job
 
 TEST_FRACTION, VALID_FRACTION = 0.15, 0.10
+SAMPLING_KEYS = ("name", "seed", "recipe", "families")
+RECIPE_KEYS = ("name", "engine", "carriers", "settings")
+SETTING_KEYS = {
+    "abinit": (
+        *("noncollinear", "ecut", "pawecutdg", "ecutsm", "occopt", "tsmear", "k_spacing", "kmesh", "tolvrs", "nstep"),
+        *("magcon_lambda", "ratsph", "ratsm", "valence", "constrained", "stress"),
+    ),
+    "gpaw-soc": ("xc", "cutoff", "width", "directions", "kmesh", "gamma"),
+}
+FAMILY_KEYS = ("tag", "lattice", "parents", "start", "delay", "train_only", "k_spacing")
+STRUCTURE_KEYS = ("type", "species", "a", "moments")
+TYPE_KEYS: dict[str, tuple[str, ...]] = {
+    "bcc": (),
+    "fcc": (),
+    "b2": ("c",),
+    "rocksalt": (),
+    "l12": (),
+    "fcc-body": (),
+    "stack": ("c",),
+    "cell": ("cell", "scaled_positions"),
+}
+"""Lattice types and the keys that they alone read."""
 
 
 def read_sampling(path: str | Path) -> Plan:
@@ -46,10 +68,13 @@ def read_sampling(path: str | Path) -> Plan:
         raise LabelError(f"cannot read the sampling file {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
         raise LabelError(f"{str(path)!r} is not JSON ({error})") from None
-    return expand(data)
+    try:
+        return expand(data)
+    except LabelError as error:
+        raise LabelError(f"{str(path)!r}: {error}") from None
 
 
-def expand(data: Mapping[str, Any]) -> Plan:
+def expand(data: Any) -> Plan:
     """Plan of a sampling: parents split, jobs shuffled within families and interleaved.
 
     `k_spacing` (1/Å, of the sampling or of a family) fixes each job's mesh; without it the engine takes its mesh from
@@ -63,15 +88,20 @@ def expand(data: Mapping[str, Any]) -> Plan:
     LabelError
         Names the family that cannot be understood.
     """
-    try:
-        recipe = Recipe(**{**data["recipe"], "carriers": tuple(data["recipe"]["carriers"])})
-        name, seed, families = data["name"], data["seed"], data["families"]
-    except (KeyError, TypeError) as error:
-        raise LabelError(f"the sampling lacks {error}; it needs name, seed, recipe and families") from None
+    _check_keys("the sampling", data, (*SAMPLING_KEYS, "k_spacing"), SAMPLING_KEYS)
+    _check_keys("the recipe of the sampling", data["recipe"], RECIPE_KEYS, RECIPE_KEYS)
+    settings = SETTING_KEYS.get(data["recipe"]["engine"])
+    if settings is not None:
+        _check_keys("the settings of the recipe", data["recipe"]["settings"], settings)
+    recipe = Recipe(**{**data["recipe"], "carriers": tuple(data["recipe"]["carriers"])})
+    name, seed, families = data["name"], data["seed"], data["families"]
+    if not isinstance(families, list):
+        raise LabelError("the families of the sampling are no list: write them as [{...}, {...}]")
     rng = np.random.default_rng(seed)
     owed = {"test": 0.0, "valid": 0.0}
     keyed: list[tuple[float, int, Job]] = []
     for number, family in enumerate(families):
+        _check_family(family, number, f"the sampling {name!r}")
         try:
             jobs = _family_jobs(family, recipe.carriers, rng, owed)
             start, delay = float(family.get("start", 0.0)), float(family.get("delay", 1.0))
@@ -80,12 +110,46 @@ def expand(data: Mapping[str, Any]) -> Plan:
                 mesh = anisotropy_mesh if recipe.engine == "gpaw-soc" else fixed_mesh
                 jobs = [replace(job, settings=mesh(np.array(job.cell), spacing)) for job in jobs]
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            tag = family.get("tag", number) if isinstance(family, Mapping) else number
-            raise LabelError(f"family {tag!r} of the sampling {name!r} cannot be understood: {error}") from None
+            raise LabelError(
+                f"family {family['tag']!r} of the sampling {name!r} cannot be understood: {error}"
+            ) from None
         order = rng.permutation(len(jobs))
         keyed += [(start + delay * (k + rng.random()) / len(jobs), number, jobs[i]) for k, i in enumerate(order)]
     keyed.sort(key=lambda entry: entry[:2])
     return Plan(name, recipe, tuple(job for _, _, job in keyed))
+
+
+def _check_keys(where: str, entry: Any, allowed: Sequence[str], needed: Sequence[str] = ()) -> None:
+    if not isinstance(entry, Mapping):
+        raise LabelError(f"{where} is not a JSON object: write it as {{...}} with the keys {', '.join(allowed)}")
+    unknown = sorted(set(entry) - set(allowed))
+    if unknown:
+        raise LabelError(f"{where} has the unknown key {unknown[0]!r}: use only {', '.join(allowed)}")
+    missing = [key for key in needed if key not in entry]
+    if missing:
+        raise LabelError(f"{where} lacks {missing[0]!r}: it needs {', '.join(needed)}")
+
+
+def _check_family(family: Any, number: int, sampling: str) -> None:
+    """Refuse keys that nothing reads: a distortion whose name is wrong would leave the crystal undistorted."""
+    _check_keys(f"family {number} of {sampling}", family, FAMILY_KEYS, ("tag", "lattice", "parents"))
+    where = f"family {family['tag']!r} of {sampling}"
+    if not isinstance(family["parents"], list):
+        raise LabelError(f"the parents of {where} are no list: write them as [{{...}}, {{...}}]")
+    distortions = ("scale", *STRAINS, "random", "move")
+    anything = (*STRUCTURE_KEYS, "c", "cell", "scaled_positions", *distortions)
+    _check_keys(f"the lattice of {where}", family["lattice"], anything)
+    for index, parent in enumerate(family["parents"]):
+        place = f"parent {index} of {where}"
+        _check_keys(place, parent, anything)
+        options = {**family["lattice"], **parent}
+        kind = options.get("type")
+        if kind not in TYPE_KEYS:
+            raise LabelError(f"{place} has the lattice type {kind!r}: use one of {', '.join(TYPE_KEYS)}")
+        needed = (*STRUCTURE_KEYS, *(TYPE_KEYS[kind] if kind != "b2" else ()))
+        _check_keys(
+            f"{place}, with its lattice of type {kind!r},", options, (*needed, *TYPE_KEYS[kind], *distortions), needed
+        )
 
 
 def _family_jobs(
