@@ -8,12 +8,14 @@ import numpy as np
 
 from .calculate import Outcome
 from .errors import BenchmarkError
-from .systems import KINDS, Quantity, Reference, System, Task
+from .systems import Quantity, Reference, System, Task
 
 NOISE = 0.01
 """Change that counts as numerical noise, in units of the tolerance: rounding differs between machines by far less."""
 
-OK, MISS, UNKNOWN, FAILED = "ok", "miss", "no reference", "not computed"
+OK, MISS, COARSE, INCOMPLETE = "ok", "miss", "undecided", "incomplete"
+SHOWN, UNKNOWN, FAILED = "no verdict", "no reference", "not computed"
+VERDICTS = (OK, MISS, COARSE, INCOMPLETE, SHOWN, UNKNOWN, FAILED)
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Line:
     ----------
     quantity : what was compared.
     task : that computed it.
-    value : mean over the committee, None where there is none.
-    spread : standard deviation over the committee, None without one.
-    verdict : one of `OK`, `MISS`, `UNKNOWN`, `FAILED`.
-    note : why there is no value.
+    value : mean over the members that have one, None where less than half of them have.
+    spread : standard deviation over these members, None without a committee.
+    verdict : one of `VERDICTS`.
+    note : why there is no value, or why members have none.
+    members, committee : how many members have a value, and how many were asked.
     """
 
     quantity: Quantity
@@ -36,6 +39,8 @@ class Line:
     spread: float | None
     verdict: str
     note: str = ""
+    members: int = 1
+    committee: int = 1
 
     def reference(self, kind: str) -> Reference | None:
         """The first reference of a kind."""
@@ -43,7 +48,7 @@ class Line:
 
     @property
     def deviation(self) -> float | None:
-        """Value less the reference that decides."""
+        """Value less the first reference, which decides where any does."""
         if self.value is None or not self.quantity.references:
             return None
         return self.value - self.quantity.references[0].value
@@ -56,30 +61,37 @@ def lines_of(system: System, outcomes: Mapping[str, Outcome]) -> list[Line]:
 
 
 def _line(system: System, task: Task, outcome: Outcome, name: str) -> Line:
-    quantity = system.quantities[name]
+    quantity, total = system.quantities[name], outcome.committee
     if outcome.failed:
-        return Line(quantity, task.name, None, None, FAILED, outcome.failed)
-    members = np.array(outcome.numbers[name])
+        return Line(quantity, task.name, None, None, FAILED, outcome.failed, 0, total)
+    members = np.array(list(outcome.numbers[name].values()))
+    count = len(members)
+    lost = outcome.lost or "the others give no number here"
+    note = "" if count == total else f"{count} of {total} members; {lost}"
+    if 2 * count <= total and count < total:
+        return Line(quantity, task.name, None, None, FAILED, note, count, total)
     value = float(members.mean())
-    spread = float(members.std(ddof=1)) if len(members) > 1 else None
-    if not np.isfinite(value):
-        return Line(quantity, task.name, None, None, FAILED, "the property gives no number here")
-    return Line(quantity, task.name, value, spread, verdict(quantity, value))
+    spread = float(members.std(ddof=1)) if count > 1 else None
+    found = verdict(quantity, value)
+    if found == OK and count < total:
+        found = INCOMPLETE
+    return Line(quantity, task.name, value, spread, found, note, count, total)
 
 
 def verdict(quantity: Quantity, value: float) -> str:
-    """`OK` within tolerance plus uncertainty of any reference of the first of `KINDS` that there is."""
-    for kind in KINDS:
-        known = [r for r in quantity.references if r.kind == kind]
-        if known:
-            near = any(abs(value - r.value) <= quantity.tolerance + r.uncertainty for r in known)
-            return OK if near else MISS
-    return UNKNOWN
+    """`OK` within tolerance plus uncertainty of a reference that decides, if they are no more than half of it."""
+    known = quantity.deciding
+    if not known:
+        return SHOWN if quantity.references else UNKNOWN
+    near = [r for r in known if abs(value - r.value) <= quantity.tolerance + r.uncertainty]
+    if not near:
+        return MISS
+    return OK if any(quantity.decisive(r) for r in near) else COARSE
 
 
 def counts(lines: Sequence[Line]) -> dict[str, int]:
     """How many lines have each verdict."""
-    return {name: sum(line.verdict == name for line in lines) for name in (OK, MISS, UNKNOWN, FAILED)}
+    return {name: sum(line.verdict == name for line in lines) for name in VERDICTS}
 
 
 def record(lines: Mapping[str, Sequence[Line]], about: Mapping[str, Any], message: str = "") -> dict[str, Any]:
@@ -87,21 +99,24 @@ def record(lines: Mapping[str, Sequence[Line]], about: Mapping[str, Any], messag
     return {
         "message": message,
         "calculator": {str(k): str(v) for k, v in about.items()},
-        "systems": {
-            system: {
-                line.quantity.name: {
-                    "value": line.value,
-                    "spread": line.spread,
-                    "unit": line.quantity.unit,
-                    "tolerance": line.quantity.tolerance,
-                    "verdict": line.verdict,
-                    **({"note": line.note} if line.note else {}),
-                }
-                for line in part
-            }
-            for system, part in lines.items()
-        },
+        "systems": {system: {line.quantity.name: _entry(line) for line in part} for system, part in lines.items()},
     }
+
+
+def _entry(line: Line) -> dict[str, Any]:
+    first = next(iter(line.quantity.references), None)
+    entry: dict[str, Any] = {
+        "value": line.value,
+        "spread": line.spread,
+        "unit": line.quantity.unit,
+        "tolerance": line.quantity.tolerance,
+        "verdict": line.verdict,
+    }
+    if first is not None:
+        entry["reference"] = {"value": first.value, "uncertainty": first.uncertainty, "kind": first.kind}
+    if line.members < line.committee:
+        entry["members"] = f"{line.members} of {line.committee}"
+    return entry | ({"note": line.note} if line.note else {})
 
 
 def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
@@ -129,30 +144,81 @@ def _text(entry: Mapping[str, Any]) -> str:
     return str(entry.get("note", "nothing")) if entry["value"] is None else f"{entry['value']:.6g} {entry['unit']}"
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Rows of two records side by side: quantity, unit, first, second, difference in units of the tolerance.
+@dataclass(frozen=True)
+class Change:
+    """A quantity in two results.
+
+    Parameters
+    ----------
+    name, unit : of the quantity.
+    first, second : values with their spreads, or why there is none.
+    reference : the one that decides, or the first of those that do not; empty where there is none.
+    moved : difference in units of the tolerance, NaN where a value is missing.
+    towards : "closer" or "farther" from the reference by more than noise, else empty.
+    verdicts : one, or that of the first and that of the second.
+    """
+
+    name: str
+    unit: str
+    first: str
+    second: str
+    reference: str
+    moved: float
+    towards: str
+    verdicts: str
+
+
+CHANGE_HEAD = ("quantity", "unit", "first", "second", "reference", "change / tolerance", "", "verdict")
+
+
+def cells_of(change: Change) -> tuple[str, ...]:
+    """Texts of a change, in the order of `CHANGE_HEAD`."""
+    moved = "" if np.isnan(change.moved) else f"{change.moved:+.2f}"
+    return (
+        change.name,
+        change.unit,
+        change.first,
+        change.second,
+        change.reference,
+        moved,
+        change.towards,
+        change.verdicts,
+    )
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Change]:
+    """Every quantity of two records side by side; references and tolerances are those of the second.
 
     Raises
     ------
     BenchmarkError : one of them is no record, or they have no quantity in common.
     """
-    rows = []
+    found = []
     try:
         for system, entries in first["systems"].items():
             others = second["systems"].get(system, {})
-            for name in (n for n in entries if n in others):
-                a, b = entries[name], others[name]
-                known = a["value"] is not None and b["value"] is not None
-                gap = f"{(b['value'] - a['value']) / a['tolerance']:+.2f}" if known else ""
-                rows.append((name, a["unit"], _number(a), _number(b), gap))
+            found += [_change(name, entries[name], others[name]) for name in entries if name in others]
     except (KeyError, TypeError, AttributeError) as error:
         raise BenchmarkError("a file to compare holds no results of mmace-bench; write them with --json") from error
-    if not rows:
+    if not found:
         raise BenchmarkError("the two results have no quantity in common; run the same system with both")
-    return rows
+    return found
+
+
+def _change(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Change:
+    moved, towards, known = float("nan"), "", b.get("reference")
+    if a["value"] is not None and b["value"] is not None:
+        moved = (b["value"] - a["value"]) / b["tolerance"]
+        before, after = (abs(x["value"] - known["value"]) if known else 0.0 for x in (a, b))
+        nearer = (after - before) / b["tolerance"]
+        towards = "" if abs(nearer) <= NOISE else "closer" if nearer < 0 else "farther"
+    verdicts = b["verdict"] if a["verdict"] == b["verdict"] else f"{a['verdict']} → {b['verdict']}"
+    reference = f"{known['value']:.4g} ({known['kind']})" if known else ""
+    return Change(name, b["unit"], _number(a), _number(b), reference, moved, towards, verdicts)
 
 
 def _number(entry: Mapping[str, Any]) -> str:
     if entry["value"] is None:
-        return entry["verdict"]
-    return f"{entry['value']:.4g}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2g}")
+        return str(entry["verdict"])
+    spread = "" if entry["spread"] is None else f" ± {entry['spread']:.2g}"
+    return f"{entry['value']:.4g}{spread}" + (f" ({entry['members']})" if "members" in entry else "")

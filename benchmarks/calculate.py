@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,19 +13,27 @@ import numpy as np
 import xarray as xr
 from ase import Atoms
 from mmace_props.base import load_property, write_dataset
+from mmace_props.eos import EosOptions, EquationOfState
 from mmace_props.errors import PropertyError
 from mmace_props.journal import Journal, fingerprint
 from mmace_props.protocol import MomentMode, SpinCalculator, bare, moments_of, with_moments
+from scipy.optimize import linprog
 
 from .errors import BenchmarkError
-from .systems import Number, System, Task
+from .systems import SUMS, Number, System, Task, terms_of
 
 GPA = 160.21766208  # GPa in eV/Å³
 NEAR = 1e-6
 VANISHED = 0.01
 """A moment below this, in µB, has vanished."""
-SUMS = ("difference", "combination")
-"""Tasks that add up quantities of earlier ones."""
+SAME_ZEROS = "MMACECalculator"
+"""The calculator that was fitted to the labels' own total energies."""
+LOST = "members_without_result"
+"""Attribute of a property's dataset that names members without a result, and why."""
+WIDE = 0.3
+"""Half-width of a window of volumes that leaves no point of a reference's curve out of the fit."""
+MEDIAN = "_median"
+"""Ending of the median absolute error of what the label errors give the root mean square of."""
 MakeCalculator = Callable[[bool, str], SpinCalculator]
 """Called with spin-orbit coupling and the mode of the moments."""
 Progress = Callable[[str, int, int], None]
@@ -40,12 +48,20 @@ class Outcome:
 
     Parameters
     ----------
-    numbers : values of each quantity, one for each committee member.
+    numbers : finite values of each quantity by committee member.
+    committee : how many members were asked.
     failed : why there are none, one sentence; empty where there are.
+    lost : why members have none.
+    notes : what the property says about its result.
+    dataset : of the property, where it has one.
     """
 
-    numbers: Mapping[str, Sequence[float]]
+    numbers: Mapping[str, Mapping[int, float]]
+    committee: int = 1
     failed: str = ""
+    lost: str = ""
+    notes: Sequence[str] = ()
+    dataset: xr.Dataset | None = field(default=None, repr=False)
 
 
 def identity(factory: str, model: str) -> dict[str, str]:
@@ -107,7 +123,12 @@ def run_system(
     provenance : of the calculator.
     """
     folder = work / system.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchmarkError(
+            f"the folder '{folder}' cannot be made ({error.strerror}); name another folder as --work"
+        ) from error
     tasks = [task for task in system.tasks if task.quick or not quick]
     about = make(False, "fixed").provenance()
     key = {**origin, **{f"calculator_{k}": str(v) for k, v in about.items()}}
@@ -124,27 +145,37 @@ def run_system(
 
 def _run(system: System, task: Task, make: MakeCalculator, folder: Path, origin: Mapping[str, str]) -> Outcome:
     calculator = make(task.soc, task.moments)
+    committee = len(calculator.members)
     try:
         if task.property == "labels":
-            return Outcome(compare_labels(system, task, calculator, folder))
+            return compare_labels(system, task, calculator)
         dataset = dataset_of(system, task, calculator, folder, origin)
-        return Outcome({name: values(dataset, number) for name, number in task.numbers.items()})
+        found = {name: _finite(values(dataset, number)) for name, number in task.numbers.items()}
     except BenchmarkError:
         raise
     except PropertyError as error:
-        return Outcome({}, " ".join(str(error).split()))
+        return Outcome({}, committee, " ".join(str(error).split()))
+    notes = [str(dataset.attrs["note"])] if "note" in dataset.attrs else []
+    return Outcome(found, committee, "", str(dataset.attrs.get(LOST, "")), notes, dataset)
+
+
+def _finite(members: Mapping[int, float]) -> dict[int, float]:
+    return {member: value for member, value in members.items() if np.isfinite(value)}
 
 
 def _sum(task: Task, outcomes: Mapping[str, Outcome]) -> Outcome:
-    """Quantities of earlier tasks added up member by member: the ``first`` less the ``second``, or ``terms``."""
-    known = {name: members for outcome in outcomes.values() for name, members in outcome.numbers.items()}
-    options = task.options
-    terms = options.get("terms") or {str(options["first"]): 1.0, str(options["second"]): -1.0}
-    missing = [name for name in terms if name not in known]
+    """Quantities of earlier tasks added up over the members that have all of them."""
+    terms = terms_of(task)
+    sources = {name: outcome for outcome in outcomes.values() for name in outcome.numbers if name in terms}
+    missing = [name for name in terms if name not in sources]
     if missing:
-        return Outcome({}, f"{' or '.join(missing)} was not computed")
-    total = np.sum([factor * np.array(known[name]) for name, factor in terms.items()], axis=0)
-    return Outcome({name: [float(x) for x in number.scale * total] for name, number in task.numbers.items()})
+        return Outcome({}, failed=f"{' or '.join(missing)} was not computed")
+    known = {name: sources[name].numbers[name] for name in terms}
+    shared = sorted(set.intersection(*(set(members) for members in known.values())))
+    total = {k: sum(factor * known[name][k] for name, factor in terms.items()) for k in shared}
+    found = {name: {k: number.scale * x for k, x in total.items()} for name, number in task.numbers.items()}
+    lost = "; ".join(dict.fromkeys(s.lost for s in sources.values() if s.lost))
+    return Outcome(found, max(s.committee for s in sources.values()), "", lost)
 
 
 def state_energies(
@@ -171,6 +202,7 @@ def state_energies(
             along = np.einsum("nx,nx->n", m, reached[k, j]) / np.fmax(np.linalg.norm(m, axis=1), NEAR)
             kept = bool((along[np.linalg.norm(m, axis=1) > NEAR] > VANISHED).all()) or not moving
             energy[k, j] = member.energy(bare(atoms), reached[k, j]) / len(atoms) if kept else np.nan
+    lost = [_lost(j, states[j], np.flatnonzero(np.isnan(energy[:, j]))) for j in range(len(start))]
     lengths = np.linalg.norm(reached, axis=3)
     first = lengths[0].argmax(axis=1)
     axis = start[np.arange(len(start)), first]
@@ -192,8 +224,20 @@ def state_energies(
                 {"units": "degree", "long_name": "largest angle between a moment and the longest"},
             ),
         },
-        attrs={"property": "states", "formula": atoms.get_chemical_formula()},
+        attrs={
+            "property": "states",
+            "formula": atoms.get_chemical_formula(),
+            LOST: "; ".join(sentence for sentence in lost if sentence),
+        },
     )
+
+
+def _lost(number: int, state: Sequence[Any], members: np.ndarray) -> str:
+    """Say which members have no energy of a state; nothing where all have."""
+    if not len(members):
+        return ""
+    which = f"member{'s' if len(members) > 1 else ''} {', '.join(str(k + 1) for k in members)}"
+    return f"{which}: a moment of state {number} {[*state]} vanishes or turns over when its length is relaxed"
 
 
 def _mode(task: Task) -> MomentMode:
@@ -219,6 +263,7 @@ def dataset_of(
             "options": {k: list(v) if isinstance(v, tuple) else v for k, v in task.options.items()},
             "soc": task.soc,
             "moments": task.moments,
+            "fit": {state: list(volumes) for state, volumes in task.fit.items()},
             "origin": dict(origin),
         }
     )
@@ -232,14 +277,48 @@ def dataset_of(
         dataset = state_energies(atoms, task.options["moments"], calculator, _mode(task))
     else:
         dataset = load_property(task.property)(**task.options).run(atoms, calculator, journal=journal)
+    for state, volumes in task.fit.items():
+        dataset = refitted(dataset, state, curve_at(atoms, calculator, state, volumes))
     dataset.attrs["benchmark_key"] = key
     write_dataset(dataset, path)
     journal.clear()
     return dataset
 
 
-def values(dataset: xr.Dataset, number: Number) -> list[float]:
-    """Values of one number, one for each committee member.
+class CurveAt(EquationOfState):
+    """An equation of state at the volumes it is given."""
+
+    def prepare(self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Callable[..., None]) -> "CurveAt":
+        """Lay no grid."""
+        return self
+
+
+def curve_at(atoms: Atoms, calculator: SpinCalculator, state: str, volumes: Sequence[float]) -> xr.Dataset:
+    """Equation of state of one magnetic state through volumes in Å³/atom, all of which enter the fit."""
+    options = EosOptions(states=(state,), volume_range=WIDE)
+    return CurveAt(options, len(atoms) * np.array(sorted(volumes))).run(atoms, calculator)
+
+
+def refitted(dataset: xr.Dataset, state: str, curve: xr.Dataset) -> xr.Dataset:
+    """Return an equation of state whose Birch-Murnaghan fit of one state is that of another curve.
+
+    What a fit says depends on its volumes, so that the model's goes through those of the reference.
+    """
+    place = {"state": state, "fit": "birch_murnaghan"}
+    changed = {}
+    for name in (f"{n}{end}" for n in ("E0", "V0", "B0", "B0_prime") for end in ("", "_std", "_member")):
+        if name not in dataset:
+            continue
+        item, new = dataset[name].copy(deep=True), curve[name].sel(place)
+        item.loc[place] = new.reindex(member=dataset["member"]) if "member" in new.dims else new
+        changed[name] = item
+    lost = [d.attrs[LOST] for d in (dataset, curve) if d.attrs.get(LOST)]
+    found = dataset.assign(changed)
+    return found.assign_attrs({LOST: "; ".join(dict.fromkeys(lost))}) if lost else found
+
+
+def values(dataset: xr.Dataset, number: Number) -> dict[int, float]:
+    """Values of one number by committee member.
 
     Raises
     ------
@@ -251,7 +330,9 @@ def values(dataset: xr.Dataset, number: Number) -> list[float]:
     found = _at(dataset, name, number.where)
     if number.minus is not None:
         found = found - _at(dataset, name, {**number.where, **number.minus})
-    return [float(x) for x in number.scale * np.atleast_1d(found)]
+    numbers = number.scale * np.atleast_1d(found)
+    labels = dataset["member"].values if "member" in dataset.coords else np.arange(len(numbers))
+    return {int(member): float(x) for member, x in zip(labels, numbers, strict=True)}
 
 
 def _at(dataset: xr.Dataset, name: str, where: Mapping[str, Any]) -> np.ndarray:
@@ -279,22 +360,35 @@ def _at(dataset: xr.Dataset, name: str, where: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(picked.values, dtype=float)
 
 
-def compare_labels(
-    system: System, task: Task, calculator: SpinCalculator, folder: Path | None = None
-) -> dict[str, list[float]]:
-    """Root mean square errors against the DFT labels of test parents, for each committee member.
+def compare_labels(system: System, task: Task, calculator: SpinCalculator) -> Outcome:
+    """Errors against the DFT labels of test parents: root mean squares and medians for each committee member.
 
-    Energies count after the least-squares constant of each element is taken off, since every code has its own zero.
-    For ``kind`` ``anisotropy`` they count about the mean of each group of directions. With a folder, labels and the
-    committee's means of what was predicted go there.
+    For ``kind`` ``anisotropy`` energies count about the mean of each group of directions.
     """
     frames = label_frames(system, task)
     pairs_of = anisotropy_pairs if task.options["kind"] == "anisotropy" else label_pairs
     found = [pairs_of(frames, member) for member in calculator.members]
-    if folder is not None:
-        write_dataset(parity(found), folder / f"{task.name}.nc")
-    errors = [_errors(pairs) for pairs in found]
-    return {name: [n.scale * e[n.variable] for e in errors] for name, n in task.numbers.items()}
+    errors = [_errors({name: joined(pairs) for name, pairs in member.items()}) for member in found]
+    numbers = {name: {k: n.scale * e[n.variable] for k, e in enumerate(errors)} for name, n in task.numbers.items()}
+    dataset = parity([{name: joined(pairs) for name, pairs in member.items()} for member in found])
+    kind, key = ("groups", "anisotropy_group") if task.options["kind"] == "anisotropy" else ("parents", "parent")
+    owners = [str(a.info[key]) for a in frames]
+    owners = list(dict.fromkeys(owners)) if kind == "groups" else owners
+    notes = [shares(f"{name}, {kind}", owners, [member[name] for member in found]) for name in found[0]]
+    return Outcome(numbers, len(found), notes=notes, dataset=dataset)
+
+
+def shares(what: str, parents: Sequence[str], members: Sequence[Sequence[Pair]]) -> str:
+    """Say which parents, or groups of directions, hold the squared error: as few as hold half, at most three."""
+    squares: dict[str, float] = {}
+    for pairs in members:
+        for parent, (label, predicted) in zip(parents, pairs, strict=True):
+            squares[parent] = squares.get(parent, 0.0) + float(np.nansum((predicted - label) ** 2))
+    total = sum(squares.values()) or 1.0
+    ranked = sorted(squares, key=lambda p: -squares[p])
+    count = 1 + int(np.searchsorted(np.cumsum([squares[p] for p in ranked]) / total, 0.5))
+    most = ", ".join(f"{p} ({100 * squares[p] / total:.0f} %)" for p in ranked[: min(count, 3)])
+    return f"squared error of {what.replace('_', ' ')} ({len(squares)}) that hold the most of it: {most}"
 
 
 def parity(members: Sequence[Mapping[str, Pair]]) -> xr.Dataset:
@@ -340,61 +434,95 @@ def predictions(frames: Sequence[Atoms], calculator: SpinCalculator) -> list[dic
     return found
 
 
-def label_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, Pair]:
-    """Labels and predictions of energies (eV/atom), forces (eV/Å), stress (GPa) and magnetic forces (eV/µB).
+def label_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, list[Pair]]:
+    """Labels and predictions of each frame: energy (eV/atom), forces (eV/Å), stress (GPa), magnetic forces (eV/µB).
 
-    The least-squares constant of each element is taken off the energies predicted, and both are without the labels'
-    own constants.
+    Energies of both are without the labels' own constants of the elements, for the pictures' sake. A calculator with
+    zeros of its own has its difference to them taken off, as `robust_shift` has it.
     """
     found = predictions(frames, calculator)
     elements = sorted({s for a in frames for s in a.symbols})
-    shares = np.array([[np.mean(a.symbols == z) for z in elements] for a in frames])
+    fractions = np.array([[np.mean(a.symbols == z) for z in elements] for a in frames])
     labels = np.array([a.get_potential_energy() / len(a) for a in frames])
     energies = np.array([p["energy"] / len(a) for p, a in zip(found, frames, strict=True)])
-    zeros = np.linalg.lstsq(shares, labels, rcond=None)[0]
-    shift = np.linalg.lstsq(shares, energies - labels, rcond=None)[0]
-    pairs = {"energy": (labels - shares @ zeros, energies - shares @ (zeros + shift))}
+    zeros = fractions @ np.linalg.lstsq(fractions, labels, rcond=None)[0]
+    if calculator.provenance()["calculator"] != SAME_ZEROS:
+        energies = energies - fractions @ robust_shift(fractions, energies - labels)
+    pairs: dict[str, list[Pair]] = {
+        "energy": [(np.array([e]), np.array([p])) for e, p in zip(labels - zeros, energies - zeros, strict=True)]
+    }
+    empty = np.zeros(0)
     for name, unit in (("forces", 1.0), ("stress", GPA)):
-        there = [(p[name], a.calc.results[name]) for p, a in zip(found, frames, strict=True) if name in a.calc.results]
-        pairs[name] = (
-            unit * np.concatenate([label.ravel() for _, label in there]),
-            unit * np.concatenate([p.ravel() for p, _ in there]),
-        )
-    pairs["magnetic_forces"] = (
-        np.concatenate([a.arrays["magnetic_forces"].ravel() for a in frames]),
-        np.concatenate([p["magnetic_forces"].ravel() for p in found]),
-    )
+        pairs[name] = [
+            (unit * a.calc.results[name].ravel(), unit * p[name].ravel()) if name in a.calc.results else (empty, empty)
+            for p, a in zip(found, frames, strict=True)
+        ]
+    pairs["magnetic_forces"] = [
+        (a.arrays["magnetic_forces"].ravel(), p["magnetic_forces"].ravel()) for p, a in zip(found, frames, strict=True)
+    ]
     return pairs
 
 
+def robust_shift(fractions: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Constant of each element with the least sum of absolute deviations: a few bad frames do not move it.
+
+    Parameters
+    ----------
+    fractions : of each element in each frame, shape (n, z).
+    errors : predicted less label, eV/atom, shape (n,).
+    """
+    n, z = fractions.shape
+    slack = np.eye(n)
+    upper = np.block([[fractions, -slack], [-fractions, -slack]])
+    found = linprog(
+        np.concatenate([np.zeros(z), np.ones(n)]),
+        A_ub=upper,
+        b_ub=np.concatenate([errors, -errors]),
+        bounds=[(None, None)] * z + [(0, None)] * n,
+    )
+    return np.asarray(found.x[:z])
+
+
+def joined(pairs: Sequence[Pair]) -> Pair:
+    """All labels and all predictions, frame after frame."""
+    return np.concatenate([label for label, _ in pairs]), np.concatenate([predicted for _, predicted in pairs])
+
+
 def errors_of(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
-    """Root mean square errors of energies (eV/atom) and first derivatives (eV/Å, GPa, eV/µB)."""
-    return _errors(label_pairs(frames, calculator))
+    """Root mean square and median errors of energies (eV/atom) and first derivatives (eV/Å, GPa, eV/µB)."""
+    return _errors({name: joined(pairs) for name, pairs in label_pairs(frames, calculator).items()})
 
 
-def anisotropy_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, Pair]:
-    """Labels and predictions of E(n) about the mean of each group of directions, eV/atom."""
+def anisotropy_pairs(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, list[Pair]]:
+    """Labels and predictions of E(n) about the mean, for each group of directions, eV/atom."""
     groups: dict[str, list[Atoms]] = {}
     for atoms in frames:
         groups.setdefault(atoms.info["anisotropy_group"], []).append(atoms)
-    found, known = [], []
+    pairs = []
     for group in groups.values():
         moments = np.stack([moments_of(a) for a in group])
         energies = calculator.evaluate_spins(bare(group[0]), moments, False)["energy"] / len(group[0])
         labels = np.array([a.get_potential_energy() for a in group]) / len(group[0])
-        found.append(energies - energies.mean())
-        known.append(labels - labels.mean())
-    return {"anisotropy": (np.concatenate(known), np.concatenate(found))}
+        pairs.append((labels - labels.mean(), energies - energies.mean()))
+    return {"anisotropy": pairs}
 
 
 def anisotropy_errors(frames: Sequence[Atoms], calculator: SpinCalculator) -> dict[str, float]:
-    """Root mean square error of E(n) about its mean, eV/atom, and the size of the labels."""
-    pairs = anisotropy_pairs(frames, calculator)
-    return {**_errors(pairs), "size": _rms(pairs["anisotropy"][0])}
+    """Root mean square and median error of E(n) about its mean, eV/atom, and the size of the labels."""
+    pair = joined(anisotropy_pairs(frames, calculator)["anisotropy"])
+    return {**_errors({"anisotropy": pair}), "size": _rms(pair[0])}
 
 
 def _errors(pairs: Mapping[str, Pair]) -> dict[str, float]:
-    return {name: _rms(predicted - label) for name, (label, predicted) in pairs.items()}
+    """Root mean square of each quantity under its name, and its median absolute error."""
+    medians = {f"{name}{MEDIAN}": _median(*pair) for name, pair in pairs.items()}
+    return {name: _rms(predicted - label) for name, (label, predicted) in pairs.items()} | medians
+
+
+def _median(label: np.ndarray, predicted: np.ndarray) -> float:
+    """Median absolute error over what symmetry leaves: components that are zero in both say nothing."""
+    there = np.isfinite(label) & (np.fmax(np.abs(label), np.abs(predicted)) > NEAR)
+    return float(np.median(np.abs(predicted - label)[there])) if there.any() else 0.0
 
 
 def _rms(x: np.ndarray) -> float:

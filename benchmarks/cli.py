@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmace_props.cli import DEFAULT_FACTORY, Parser, add_calculator, load_calculator, progress_bar
 from mmace_props.errors import PropertyError
 from mmace_props.files import check_writable, write_whole
 from mmace_props.protocol import SpinCalculator
 from rich.console import Console
+from rich.table import Table
 
-from .analyse import Line, changes, compare, lines_of, record
-from .calculate import identity, run_system
+from .analyse import CHANGE_HEAD, Change, Line, cells_of, changes, compare, lines_of, record
+from .calculate import Outcome, identity, run_system
 from .derive import derive
 from .errors import BenchmarkError
-from .rendering import check_format, write_report
+from .rendering import check_format, markdown_table, write_report
 from .report import build_report, print_table
 from .systems import SYSTEMS, System, read_json, read_system
 
@@ -61,8 +63,16 @@ def _parser() -> Parser:
     run.set_defaults(run=_run)
 
     side = actions.add_parser("compare", help="two results side by side")
-    side.add_argument("first", help="file of mmace-bench run --json")
+    side.add_argument("first", help="file of mmace-bench run --json, or stored results")
     side.add_argument("second", help="another")
+    side.add_argument(
+        "--least",
+        type=float,
+        default=0.0,
+        metavar="TOLERANCES",
+        help="leave out what moved by less and kept its verdict (default: 0)",
+    )
+    side.add_argument("--markdown", metavar="FILE", help="write the table there")
     side.set_defaults(run=_compare)
 
     own = actions.add_parser("derive", help="derive values of own DFT from the reference calculations")
@@ -77,8 +87,8 @@ def _run(args: argparse.Namespace) -> int:
             check_writable(path)
     if args.report is not None:
         check_format(Path(args.report))
-    if args.update is not None and not args.update.strip():
-        raise BenchmarkError("--update needs a message that says why the results changed")
+    if args.update is not None:
+        _check_update(args)
     systems = [read_system(name) for name in (SYSTEMS if args.system == "all" else (args.system,))]
 
     def make(soc: bool, moments: str) -> SpinCalculator:
@@ -87,37 +97,49 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     work = Path(args.work)
     lines: dict[str, list[Line]] = {}
+    outcomes: dict[str, dict[str, Outcome]] = {}
     about: dict[str, Any] = {}
     origin = identity(args.calculator, args.model)
     with progress_bar(False) as report:
         for system in systems:
-            outcomes, about = run_system(system, make, work, args.quick, report, origin)
-            lines[system.name] = lines_of(system, outcomes)
+            outcomes[system.name], about = run_system(system, make, work, args.quick, report, origin)
+            lines[system.name] = lines_of(system, outcomes[system.name])
     for system in systems:
-        print_table(console, system.name, lines[system.name])
+        print_table(console, system.name, lines[system.name], outcomes[system.name])
     results = record(lines, about, args.update or "")
     if args.json is not None:
         _write_json(Path(args.json), results)
         console.print(f"wrote {args.json}")
     if args.report is not None:
-        write_report(build_report(systems, lines, work, results["calculator"]), Path(args.report))
+        write_report(build_report(systems, lines, outcomes, results["calculator"]), Path(args.report))
         console.print(f"wrote {args.report}")
     if args.update is not None:
         for system in systems:
             _store(system, results)
             console.print(f"stored {system.stored}")
         return 0
-    if args.calculator != DEFAULT_FACTORY or args.model != "default":
-        return 0
-    return _regression(console, systems, results)
+    return _regression(console, systems, results) if _shipped(args) else 0
+
+
+def _shipped(args: argparse.Namespace) -> bool:
+    return bool(args.calculator == DEFAULT_FACTORY and args.model == "default")
+
+
+def _check_update(args: argparse.Namespace) -> None:
+    """Refuse to store what are no whole results of the shipped model."""
+    if not args.update.strip():
+        raise BenchmarkError("--update needs a message that says why the results changed")
+    if not _shipped(args):
+        raise BenchmarkError(
+            "--update stores results of the shipped model; leave --calculator and --model out, or write with --json"
+        )
+    if args.quick:
+        raise BenchmarkError("--update stores whole results, so that none is older than the rest; leave --quick out")
 
 
 def _store(system: System, results: dict[str, Any]) -> None:
-    """Store one system's results; quantities that the run left out keep their stored values."""
-    old = read_json(system.stored)["systems"][system.name] if system.stored.exists() else {}
-    entries = {**old, **results["systems"][system.name]}
     system.stored.parent.mkdir(exist_ok=True)
-    _write_json(system.stored, {**results, "systems": {system.name: entries}})
+    _write_json(system.stored, {**results, "systems": {system.name: results["systems"][system.name]}})
 
 
 def _regression(console: Console, systems: Sequence[System], results: dict[str, Any]) -> int:
@@ -138,16 +160,26 @@ def _regression(console: Console, systems: Sequence[System], results: dict[str, 
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
+    if args.markdown is not None:
+        check_writable(args.markdown)
     first, second = (read_json(Path(path)) for path in (args.first, args.second))
-    table = Table()
-    for name in ("quantity", "unit", args.first, args.second, "difference / tolerance"):
-        table.add_column(name)
-    for row in compare(first, second):
+    rows = [cells_of(change) for change in compare(first, second) if _counts(change, args.least)]
+    table = Table(*CHANGE_HEAD)
+    for row in rows:
         table.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    if args.markdown is not None:
+        text = markdown_table(CHANGE_HEAD, rows)
+        write_whole(args.markdown, lambda temporary: Path(temporary).write_text(text))
+        console.print(f"wrote {args.markdown}")
     return 0
+
+
+def _counts(change: Change, least: float) -> bool:
+    """Whether a quantity moved enough, got another verdict, or lost or gained its value."""
+    lost = np.isnan(change.moved) and change.first != change.second
+    return bool(lost or abs(change.moved) >= least or "→" in change.verdicts)
 
 
 def _derive(args: argparse.Namespace) -> int:

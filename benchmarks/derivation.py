@@ -43,6 +43,7 @@ class Derivation:
         alternating sign are one.
     combinations : factors of other values, by quantity.
     labels : file, first label, and the one at the same positions that is taken off, by quantity.
+    moments : frame and site whose moment it is, by quantity.
     anisotropy : group of directions of a test parent, by quantity.
     magnetoelastic : groups at one volume under small tetragonal strains, by quantity.
     """
@@ -51,6 +52,7 @@ class Derivation:
     spirals: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     combinations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     labels: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    moments: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     anisotropy: Mapping[str, str] = field(default_factory=dict)
     magnetoelastic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -78,12 +80,13 @@ def read_derivation(system: System) -> Derivation:
             {key: _texts(entry, 2) for key, entry in tables.get("spirals", {}).items()},
             {key: {k: float(v) for k, v in entry.items()} for key, entry in tables.get("combinations", {}).items()},
             {key: _texts(entry, 3) for key, entry in tables.get("labels", {}).items()},
+            {key: (str(frame), int(site)) for key, (frame, site) in tables.get("moments", {}).items()},
             {key: _texts([entry], 1)[0] for key, entry in tables.get("anisotropy", {}).items()},
             {key: _texts(entry, len(entry)) for key, entry in tables.get("magnetoelastic", {}).items()},
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise BenchmarkError(f"'{path}' cannot be read ({error}); mend it") from error
-    for table in ("spirals", "combinations", "labels", "anisotropy", "magnetoelastic"):
+    for table in ("spirals", "combinations", "labels", "moments", "anisotropy", "magnetoelastic"):
         for quantity in getattr(found, table):
             check(table, quantity, system.quantities)
     for crystal, _ in found.spirals.values():

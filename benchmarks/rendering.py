@@ -1,7 +1,7 @@
 """Formats of a report: Markdown with its pictures beside it, or one HTML page that holds everything."""
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def markdown(report: Report) -> str:
     text = [f"# {TITLE}", "", report.introduction, "", *(f"- *{k}*: {v}" for k, v in LEGEND.items()), ""]
     for section in report.sections:
         text += [f"## {section.name}", "", *_table(section), "", _tally(section), ""]
-        text += [*(f"- {failure}" for failure in section.failures), *([""] if section.failures else [])]
+        text += [*(f"- {note}" for note in section.notes), *([""] if section.notes else [])]
         for picture in section.pictures:
             text += [f"![{picture.caption}](images/{picture.name}.png)", "", f"*{picture.caption}*", ""]
         text += ["### Sources and tolerances", "", *(f"- {source}" for source in section.sources), ""]
@@ -61,13 +61,15 @@ def markdown(report: Report) -> str:
 
 
 def _table(section: Section) -> list[str]:
-    rows = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    for entry in section.entries:
-        texts = [text.replace("|", "\\|") for text in entry.cells]
-        if entry.verdict == MISS:
-            texts[-1] = f"**{texts[-1]}**"
-        rows.append("| " + " | ".join(texts) + " |")
-    return rows
+    marked = [(*e.cells[:-1], f"**{e.cells[-1]}**" if e.verdict == MISS else e.cells[-1]) for e in section.entries]
+    return markdown_table(HEAD, marked).splitlines()
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _tally(section: Section) -> str:

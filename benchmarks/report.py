@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import ase.io
 import numpy as np
@@ -11,18 +10,21 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .analyse import FAILED, MISS, OK, UNKNOWN, Line, counts
-from .calculate import NEAR
-from .systems import KINDS, Quantity, Reference, System, Task
+from .analyse import COARSE, FAILED, INCOMPLETE, MISS, OK, SHOWN, UNKNOWN, Line, counts
+from .calculate import NEAR, Outcome
+from .systems import JUDGES, KINDS, Quantity, Reference, System, Task
 
-HEAD = ("quantity", "unit", "value", *KINDS, "deviation", "allowed", "verdict")
-MARKS = {"own DFT": "o", "published DFT": "s", "experiment": "x"}
+HEAD = ("quantity", "unit", "value", *JUDGES, "for information", "deviation", "allowed", "verdict")
+MARKS = {"own DFT": "o", "published DFT": "s", "training label": "D", "experiment": "x", "quoted value": "+"}
 STYLE = {OK: "green", MISS: "red"}
 LEGEND = {
-    OK: "within the tolerance plus the reference's own uncertainty",
+    OK: "within the tolerance plus the reference's own uncertainty, together no more than half of the reference",
     MISS: "beyond both",
+    COARSE: "within both, but they exceed half of the reference, so that hardly any value would miss",
+    INCOMPLETE: "within both, but members of the committee gave no number; which and why stands below the table",
+    SHOWN: "beside it stand only labels a model may have seen, measurements, or values without a source of their own",
     UNKNOWN: "nothing to compare with",
-    FAILED: "the calculator gave no number; the reason stands below the table",
+    FAILED: "half of the committee or more gave no number; the reason stands below the table",
 }
 """What each verdict means."""
 
@@ -53,7 +55,7 @@ class Section:
     name : of the system.
     entries : of its table.
     tally : how many entries have each verdict that occurs.
-    failures : why there is no number, once for each reason.
+    notes : why numbers are missing, and what properties say about their results, once for each reason.
     pictures : drawn from its datasets.
     sources : references and tolerance of each quantity, a sentence each.
     """
@@ -61,7 +63,7 @@ class Section:
     name: str
     entries: list[Entry]
     tally: dict[str, int]
-    failures: list[str]
+    notes: list[str]
     pictures: list[Picture]
     sources: list[str]
 
@@ -78,10 +80,14 @@ def cells(line: Line) -> tuple[str, ...]:
     """Texts of one line of the table."""
     quantity = line.quantity
     value = "" if line.value is None else _value(line.value, line.spread)
+    if line.value is not None and line.members < line.committee:
+        value += f" ({line.members} of {line.committee})"
     found = line.deviation
     deviation = "" if found is None else f"{found:+.3g}"
-    known = [_reference(line.reference(kind)) for kind in KINDS]
-    return (quantity.text, quantity.unit, value, *known, deviation, f"{quantity.tolerance:.3g}", line.verdict)
+    known = [_reference(line.reference(kind)) for kind in JUDGES]
+    others = [(kind, line.reference(kind)) for kind in KINDS if kind not in JUDGES]
+    shown = "; ".join(f"{_reference(reference)} ({kind})" for kind, reference in others if reference is not None)
+    return (quantity.text, quantity.unit, value, *known, shown, deviation, f"{quantity.tolerance:.3g}", line.verdict)
 
 
 def _value(value: float, spread: float | None) -> str:
@@ -94,7 +100,7 @@ def _reference(reference: Reference | None) -> str:
     return f"{reference.value:.4g}" + (f" ± {reference.uncertainty:.2g}" if reference.uncertainty else "")
 
 
-def print_table(console: Console, title: str, lines: Sequence[Line]) -> None:
+def print_table(console: Console, title: str, lines: Sequence[Line], outcomes: Mapping[str, Outcome]) -> None:
     """Print one system."""
     table = Table(title=title)
     for k, name in enumerate(HEAD):
@@ -102,13 +108,23 @@ def print_table(console: Console, title: str, lines: Sequence[Line]) -> None:
     for line in lines:
         table.add_row(*cells(line), style=STYLE.get(line.verdict))
     console.print(table)
-    for note in dict.fromkeys(f"{line.task}: {line.note}" for line in lines if line.note):
+    for note in notes_of(lines, outcomes):
         console.print(note)
     console.print(", ".join(f"{number} {name}" for name, number in counts(lines).items() if number))
 
 
+def notes_of(lines: Sequence[Line], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Why numbers or members are missing, and what the properties say about their results."""
+    missing = [f"{line.task}: {line.note}" for line in lines if line.note]
+    said = [f"{task}: {note}" for task, outcome in outcomes.items() for note in outcome.notes]
+    return list(dict.fromkeys([*missing, *said]))
+
+
 def build_report(
-    systems: Sequence[System], lines: Mapping[str, Sequence[Line]], work: Path, about: Mapping[str, str]
+    systems: Sequence[System],
+    lines: Mapping[str, Sequence[Line]],
+    outcomes: Mapping[str, Mapping[str, Outcome]],
+    about: Mapping[str, str],
 ) -> Report:
     """Gather what a report says, whatever its format.
 
@@ -116,48 +132,46 @@ def build_report(
     ----------
     systems : in the order of the report.
     lines : of each system.
-    work : folder of the datasets, by system, from which the pictures are drawn.
+    outcomes : of each system by task; the pictures are drawn from their datasets.
     about : the calculator.
     """
-    return Report(_introduction(about), [_section(s, lines[s.name], work / s.name) for s in systems])
+    return Report(_introduction(about), [_section(s, lines[s.name], outcomes[s.name]) for s in systems])
 
 
 def _introduction(about: Mapping[str, str]) -> str:
     parts = (about.get("calculator", ""), about.get("name", ""), about.get("hash", "")[:16])
     calculator = " ".join(part for part in parts if part)
     return (
-        f"Written by mmace-bench; calculator {calculator}. A value is the mean of the committee with its spread. It is "
-        "compared with own DFT where there is some, else with published DFT, else with experiment. Tolerances come "
-        "from the spread of DFT between codes and settings or of experiments, never from what a model reaches."
+        f"Written by mmace-bench; calculator {calculator}. A value is the mean of the committee with its spread. Own "
+        "DFT decides where there is some, else published DFT; the deviation is from the first value that stands beside "
+        "it. Tolerances come from the spread of DFT between codes and settings, never from what a model reaches."
     )
 
 
-def _section(system: System, lines: Sequence[Line], folder: Path) -> Section:
-    failures = dict.fromkeys(f"{line.task}: {line.note}" for line in lines if line.verdict == FAILED)
+def _section(system: System, lines: Sequence[Line], outcomes: Mapping[str, Outcome]) -> Section:
+    datasets = {task: outcome.dataset for task, outcome in outcomes.items() if outcome.dataset is not None}
     return Section(
         system.name,
         [Entry(cells(line), line.verdict) for line in lines],
         {name: number for name, number in counts(lines).items() if number},
-        list(failures),
-        [Picture(f"benchmark-{system.name}-{name}", text, image) for name, text, image in figures(system, folder)],
+        notes_of(lines, outcomes),
+        [Picture(f"benchmark-{system.name}-{name}", text, image) for name, text, image in figures(system, datasets)],
         [_source(line.quantity) for line in lines],
     )
 
 
 def _source(quantity: Quantity) -> str:
     known = "; ".join(f"{r.value:g} ({r.kind}: {r.source})" for r in quantity.references) or "none"
-    return f"{quantity.text}: {known}. Allowed {quantity.tolerance:g} {quantity.unit}: {quantity.reason}."
+    return f"{quantity.text}: {known}. Allowed {quantity.tolerance:.4g} {quantity.unit}: {quantity.reason}."
 
 
-def figures(system: System, folder: Path) -> list[tuple[str, str, Figure]]:
-    """Pictures of the datasets there are: name, caption, figure."""
+def figures(system: System, datasets: Mapping[str, xr.Dataset]) -> list[tuple[str, str, Figure]]:
+    """Pictures of the datasets of a run, by task: name, caption, figure."""
     found = []
     for task in system.tasks:
-        path = folder / f"{task.name}.nc"
-        if task.property not in ("eos", "phonon", "spiral", "states", "labels") or not path.exists():
+        if task.property not in ("eos", "phonon", "spiral", "states", "labels") or task.name not in datasets:
             continue
-        with xr.open_dataset(path) as opened:
-            dataset = opened.load()
+        dataset = datasets[task.name]
         if task.property == "labels":
             caption, figure = _labels_figure(dataset)
             found.append((task.name, caption, figure))

@@ -1,7 +1,7 @@
 """What is computed for a system, and what it is compared with; all of it read from JSON beside this file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from .errors import BenchmarkError
 
 HERE = Path(__file__).parent
 SYSTEMS = ("FeAl", "CrN")
-KINDS = ("own DFT", "published DFT", "experiment")
-"""Kinds of references, the one that decides the verdict first."""
+JUDGES = ("own DFT", "published DFT")
+"""Kinds of references that give a verdict; the first that there is decides."""
+KINDS = (*JUDGES, "training label", "experiment", "quoted value")
+"""All kinds; labels a model may have seen, measurements, and values without a source of their own decide nothing."""
+SUMS = ("difference", "combination")
+"""Tasks that add up quantities of earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Task:
     moments : how moments are relaxed.
     quick : whether ``--quick`` computes it.
     numbers : quantities by their names.
+    fit : volumes in Å³/atom, by state, through which E(V) is fitted: those of own DFT.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Task:
     moments: str
     quick: bool
     numbers: Mapping[str, Number]
+    fit: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Quantity:
     tolerance : largest deviation beyond the reference's own uncertainty that is no miss.
     reason : where the tolerance comes from.
     references : the one that decides first.
+    zero : why a reference of zero is one that a value can miss; empty where zero is no answer.
     """
 
     name: str
@@ -104,6 +111,17 @@ class Quantity:
     tolerance: float
     reason: str
     references: tuple[Reference, ...]
+    zero: str = ""
+
+    @property
+    def deciding(self) -> list[Reference]:
+        """References of the first of `JUDGES` that there is."""
+        kind = next((k for k in JUDGES if any(r.kind == k for r in self.references)), None)
+        return [r for r in self.references if r.kind == kind]
+
+    def decisive(self, reference: Reference) -> bool:
+        """Whether what is allowed leaves out zero by as much again."""
+        return bool(self.zero) or 2 * (self.tolerance + reference.uncertainty) <= abs(reference.value)
 
 
 @dataclass(frozen=True)
@@ -157,16 +175,22 @@ def read_system(name: str, folder: Path | None = None) -> System:
     try:
         crystals = {key: _crystal(value) for key, value in plan["crystals"].items()}
         tasks = tuple(_task(entry) for entry in plan["tasks"])
-        quantities = {key: _quantity(key, value, derived) for key, value in known.items()}
+        quantities = _quantities(known, derived, tasks)
     except (KeyError, TypeError, ValueError) as error:
         raise BenchmarkError(f"the benchmark in '{folder}' cannot be read ({error!r}); mend its JSON files") from error
     for task in tasks:
-        if task.property not in ("labels", "difference", "combination") and task.crystal not in crystals:
+        if task.property not in ("labels", *SUMS) and task.crystal not in crystals:
             raise BenchmarkError(f"the task '{task.name}' has no crystal '{task.crystal}'; add it to benchmark.json")
         for quantity in task.numbers:
             if quantity not in quantities:
                 raise BenchmarkError(f"the quantity '{quantity}' of the task '{task.name}' is not in references.json")
     return System(name, folder, crystals, tasks, quantities)
+
+
+def terms_of(task: Task) -> dict[str, float]:
+    """Factors of the quantities that a task adds up: the ``first`` less the ``second``, or ``terms``."""
+    options = task.options
+    return dict(options.get("terms") or {str(options["first"]): 1.0, str(options["second"]): -1.0})
 
 
 def read_json(path: Path) -> Any:
@@ -205,15 +229,33 @@ def _task(entry: Mapping[str, Any]) -> Task:
         entry.get("moments", "magnitudes"),
         bool(entry.get("quick", False)),
         {key: Number(**value) for key, value in entry["numbers"].items()},
+        {state: tuple(volumes) for state, volumes in entry.get("fit", {}).items()},
     )
+
+
+def _quantities(known: Mapping[str, Any], derived: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Quantity]:
+    """Quantities by name; the tolerance of a sum follows from those of its terms, as independent errors add up."""
+    sums = {name: (task, number) for task in tasks if task.property in SUMS for name, number in task.numbers.items()}
+    found = {key: _quantity(key, value, derived) for key, value in known.items() if key not in sums}
+    for key, (task, number) in sums.items():
+        if {"tolerance", "reason"} & set(known[key]):
+            raise ValueError(f"the tolerance of {key} follows from its terms; leave it out")
+        terms = terms_of(task)
+        errors = [factor * found[term].tolerance for term, factor in terms.items()]
+        tolerance = abs(number.scale) * float(np.linalg.norm(errors))
+        reason = f"tolerances of its terms in quadrature: {', '.join(f'{f:g} × {t}' for t, f in terms.items())}"
+        found[key] = _quantity(key, {**known[key], "tolerance": tolerance, "reason": reason}, derived)
+    return {key: found[key] for key in known}
 
 
 def _quantity(name: str, entry: Mapping[str, Any], derived: Mapping[str, Any]) -> Quantity:
     given = [Reference(**reference) for reference in entry.get("references", [])]
     own = derived["values"].get(name)
     if own is not None:
-        given.append(Reference(own["value"], own["uncertainty"], "own DFT", own["source"]))
+        given.append(Reference(own["value"], own["uncertainty"], own["kind"], own["source"]))
     given.sort(key=lambda reference: KINDS.index(reference.kind))
     if entry["tolerance"] <= 0 or not entry["reason"]:
         raise ValueError(f"{name} needs a positive tolerance and its reason")
-    return Quantity(name, entry["text"], entry["unit"], entry["tolerance"], entry["reason"], tuple(given))
+    first = abs(given[0].value) if given else 0.0
+    tolerance = max(entry["tolerance"], entry.get("relative", 0.0) * first)
+    return Quantity(name, entry["text"], entry["unit"], tolerance, entry["reason"], tuple(given), entry.get("zero", ""))
