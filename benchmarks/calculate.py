@@ -374,21 +374,28 @@ def compare_labels(system: System, task: Task, calculator: SpinCalculator) -> Ou
     kind, key = ("groups", "anisotropy_group") if task.options["kind"] == "anisotropy" else ("parents", "parent")
     owners = [str(a.info[key]) for a in frames]
     owners = list(dict.fromkeys(owners)) if kind == "groups" else owners
-    notes = [shares(f"{name}, {kind}", owners, [member[name] for member in found]) for name in found[0]]
+    notes = [shares(name, kind, owners, [member[name] for member in found]) for name in found[0]]
     return Outcome(numbers, len(found), notes=notes, dataset=dataset)
 
 
-def shares(what: str, parents: Sequence[str], members: Sequence[Sequence[Pair]]) -> str:
-    """Say which parents, or groups of directions, hold the squared error: as few as hold half, at most three."""
+def shares(name: str, kind: str, owners: Sequence[str], members: Sequence[Sequence[Pair]]) -> str:
+    """Say which owners hold the squared error: as few as hold half of it, at most three.
+
+    Parameters
+    ----------
+    name, kind : of the quantity, and of its owners.
+    owners : of each pair.
+    members : labels and predictions of each committee member.
+    """
     squares: dict[str, float] = {}
     for pairs in members:
-        for parent, (label, predicted) in zip(parents, pairs, strict=True):
-            squares[parent] = squares.get(parent, 0.0) + float(np.nansum((predicted - label) ** 2))
+        for owner, (label, predicted) in zip(owners, pairs, strict=True):
+            squares[owner] = squares.get(owner, 0.0) + float(np.nansum((predicted - label) ** 2))
     total = sum(squares.values()) or 1.0
     ranked = sorted(squares, key=lambda p: -squares[p])
     count = 1 + int(np.searchsorted(np.cumsum([squares[p] for p in ranked]) / total, 0.5))
     most = ", ".join(f"{p} ({100 * squares[p] / total:.0f} %)" for p in ranked[: min(count, 3)])
-    return f"squared error of {what.replace('_', ' ')} ({len(squares)}) that hold the most of it: {most}"
+    return f"squared error of {name.replace('_', ' ')} over {len(squares)} {kind}, the most of it in {most}"
 
 
 def parity(members: Sequence[Mapping[str, Pair]]) -> xr.Dataset:

@@ -489,8 +489,8 @@ def test_components_that_symmetry_holds_at_zero_leave_the_median_alone():
 
 def test_shares_of_the_squared_error_name_the_parents_that_hold_most():
     pairs = [(np.zeros(2), np.full(2, x)) for x in (1.0, 3.0, np.nan, 2.0)]
-    text = shares("energy, parents", ["a", "b", "b", "c"], [pairs])
-    assert text == "squared error of energy, parents (3) that hold the most of it: b (64 %)"
+    text = shares("energy", "parents", ["a", "b", "b", "c"], [pairs])
+    assert text == "squared error of energy over 3 parents, the most of it in b (64 %)"
 
 
 def test_pictures_hold_the_references_of_bands_scans_and_labels(tmp_path):
