@@ -66,8 +66,8 @@ def _line(system: System, task: Task, outcome: Outcome, name: str) -> Line:
         return Line(quantity, task.name, None, None, FAILED, outcome.failed, 0, total)
     members = np.array(list(outcome.numbers[name].values()))
     count = len(members)
-    lost = outcome.lost or "the others give no number here"
-    note = "" if count == total else f"{count} of {total} members; {lost}"
+    lost = outcome.lost or "the property gives no number here"
+    note = "" if count == total else f"{count} of {total} members; {lost}" if total > 1 else lost
     if 2 * count <= total and count < total:
         return Line(quantity, task.name, None, None, FAILED, note, count, total)
     value = float(members.mean())
@@ -133,6 +133,8 @@ def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
             found.append(f"{name} is new: {_text(entry)}")
         elif (entry["value"] is None) != (before["value"] is None):
             found.append(f"{name}: {_text(before)} became {_text(entry)}")
+        elif entry.get("members") != before.get("members"):
+            found.append(f"{name}: {before.get('members', 'all')} members became {entry.get('members', 'all')}")
         elif entry["value"] is not None:
             change = entry["value"] - before["value"]
             if abs(change) > NOISE * entry["tolerance"]:

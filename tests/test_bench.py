@@ -35,7 +35,7 @@ from mmace_bench.derivation import Derivation, read_derivation
 from mmace_bench.derive import all_values, derived_values, equation_of_state, frozen_phonon, hill_shear, magnetoelastic
 from mmace_bench.errors import BenchmarkError
 from mmace_bench.rendering import html
-from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, figures
+from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, curve_of, figures, reference_points
 from mmace_bench.systems import JUDGES, SUMS, SYSTEMS, Number, Quantity, Reference, System, Task, read_system, terms_of
 from mmace_props.protocol import SpinCalculator, bare, moments_of
 
@@ -297,6 +297,8 @@ def test_change_beyond_noise_counts_either_way():
     assert len(changes({"a": entry(1.0)}, {})) == 1
     lost = {**entry(None), "note": "moments vanished"}
     assert "moments vanished" in changes({"a": lost}, {"a": entry(1.0)})[0]
+    fewer = {**entry(1.0), "members": "3 of 4"}
+    assert changes({"a": fewer}, {"a": entry(1.0)}) == ["a: all members became 3 of 4"]
 
 
 def of(*references, tolerance=0.5, zero=""):
@@ -836,6 +838,15 @@ def test_shipped_references_are_complete(name):
         assert known.reason
         assert all(r.source and r.uncertainty >= 0 for r in known.references)
         assert not any(r.kind in JUDGES and "quoted" in r.source for r in known.references)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_curves_of_the_model_have_the_volumes_of_own_dft(name):
+    system = read_system(name)
+    for task in (t for t in system.tasks if t.fit):
+        for state, points in reference_points(system, task.name.removesuffix("-eos")).items():
+            mine = task.fit[curve_of(state, list(task.fit))]
+            assert all(np.abs(np.array(mine) - volume).min() < 1e-3 for volume, _ in points)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
