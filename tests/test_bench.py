@@ -486,7 +486,9 @@ def test_robust_constants_pass_by_bad_frames():
 
 def test_components_that_symmetry_holds_at_zero_leave_the_median_alone():
     label, predicted = np.array([0.0, 0.0, 0.0, 1.0, 2.0]), np.array([0.0, 1e-12, 0.0, 1.5, 2.1])
-    assert calculate._errors({"forces": (label, predicted)})["forces_median"] == pytest.approx(0.3)
+    found = calculate._errors({"forces": (label, predicted), "anisotropy": (label, predicted)})
+    assert found["forces_median"] == pytest.approx(0.3)
+    assert found["anisotropy_median"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_shares_of_the_squared_error_name_the_parents_that_hold_most():
