@@ -9,7 +9,8 @@ and adds crystals that no label has. Every member of the committee sees the same
 puts more than 50 meV/atom below the ground state, which is the lowest energy of the stable crystal of the composition
 over volumes and collinear orders, or of the crystal itself where the composition has no other.
 
-Dynamics are 20 ps of the first member with a Langevin thermostat at 300 K and 1,000 K, moments held. Displacements and
+Dynamics are 20 ps of the first member, or with `--mean` of the committee's mean as the calculator gives it, with a
+Langevin thermostat at 300 K and 1,000 K, moments held. Displacements and
 temperatures are looked at after every step; the structure is kept every picosecond, and the same command goes on where
 it was stopped.
 """
@@ -338,6 +339,7 @@ def main() -> None:
         "--harder-cells", type=int, default=250, help="harder cells of each crystal (default %(default)s)"
     )
     parser.add_argument("--picoseconds", type=int, default=20, help="of each run; 0 for none (default %(default)s)")
+    parser.add_argument("--mean", action="store_true", help="dynamics of the committee's mean, not of its first member")
     parser.add_argument("--work", type=Path, default=Path("stability-work"), help="folder of the trajectories")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the results; tables are printed")
     args = parser.parse_args()
@@ -354,8 +356,10 @@ def main() -> None:
         result["harder_cells"] = random_cells(labelled | others, grounds, HARDER, calculator, args.harder_cells)
         print(table_of_cells("harder", result["harder_cells"]))
     if args.picoseconds:
-        folder = args.work / args.system / result["model"][:12]
-        result["dynamics"] = dynamics(args.system, calculator.members[0], args.picoseconds, folder)
+        folder = args.work / args.system / (result["model"][:12] + ("-mean" if args.mean else ""))
+        moving = calculator if args.mean else calculator.members[0]
+        result["dynamics_of"] = "mean" if args.mean else "first member"
+        result["dynamics"] = dynamics(args.system, moving, args.picoseconds, folder)
         print(table_of_dynamics(result["dynamics"]))
     if args.output:
         with whole_file(args.output) as temporary:
