@@ -61,14 +61,20 @@ class Target:
         return Target(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def ground_energies(labels: Iterable[LabelledStructure]) -> dict[Composition, float]:
-    """Lowest energy of each composition, eV/atom; labels of anisotropy groups have no absolute energy."""
-    lowest: dict[Composition, float] = {}
+def lowest_labels(labels: Iterable[LabelledStructure]) -> dict[Composition, LabelledStructure]:
+    """Label with the lowest energy per atom of each composition; those of anisotropy groups have no absolute energy."""
+    lowest: dict[Composition, LabelledStructure] = {}
     for label in labels:
         if label.anisotropy_group is None and np.isfinite(label.energy):
-            key = composition(label)
-            lowest[key] = min(lowest.get(key, math.inf), label.energy / len(label))
+            other = lowest.setdefault(composition(label), label)
+            if label.energy / len(label) < other.energy / len(other):
+                lowest[composition(label)] = label
     return lowest
+
+
+def ground_energies(labels: Iterable[LabelledStructure]) -> dict[Composition, float]:
+    """Lowest energy of each composition among labels, eV/atom."""
+    return {key: label.energy / len(label) for key, label in lowest_labels(labels).items()}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,23 @@ from ..model import ModelConfig
 
 MEASURED = ("elements", "moment_scale", "carriers", "atomic_energies", "energy_scale", "avg_num_neighbors")
 MODEL_SETTINGS = tuple(f.name for f in fields(ModelConfig) if f.name not in MEASURED)
+
+BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("epochs", "batch_size", "groups_per_step", "validate_every", "patience"), lambda x: x >= 1, "at least 1"),
+    (("learning_rate", "clip"), lambda x: x > 0, "above 0"),
+    (
+        (
+            "final_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "spin_orbit_decay",
+            "restrain_every",
+            "least_stiffness",
+        ),
+        lambda x: x >= 0,
+        "at least 0",
+    ),
+)
 
 
 class RecipeError(MMACEError):
@@ -135,22 +152,10 @@ class Recipe:
             raise RecipeError(f"the recipe keeps the {self.keep} weights: choose best or last.")
         if self.dtype not in ("float64", "float32"):
             raise RecipeError(f"the recipe's dtype is {self.dtype}: choose float64 or float32.")
-        for name in ("epochs", "batch_size", "groups_per_step", "validate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be at least 1.")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0.0:
-                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be above 0.")
-        for name in (
-            "final_learning_rate",
-            "warmup_steps",
-            "weight_decay",
-            "spin_orbit_decay",
-            "restrain_every",
-            "least_stiffness",
-        ):
-            if not getattr(self, name) >= 0:
-                raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be at least 0.")
+        for names, holds, wanted in BOUNDS:
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise RecipeError(f"the recipe's {name} is {getattr(self, name)}: it must be {wanted}.")
         for name in ("energy", "forces", "stress", "magnetic_forces", "anisotropy", "outlier"):
             if not getattr(self.tolerances, name) > 0.0:
                 raise RecipeError(

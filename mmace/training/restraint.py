@@ -23,7 +23,7 @@ from ..derivatives import evaluate
 from ..errors import StructureError
 from ..graph import Graph
 from ..model import MagneticMACE
-from .batches import Composition, LabelBatch, composition, graph_of
+from .batches import Composition, LabelBatch, composition, graph_of, lowest_labels
 
 LEAST_SLOPE = 0.2  # eV/µB, dE/d|m| beyond the labels' range
 SLOPE_TOLERANCE = 0.1  # eV/µB
@@ -185,12 +185,7 @@ def floor_energies(labels: Iterable[LabelledStructure], stiffness: float) -> dic
     stiffness : float
         k, least curvature of the energy in the displacement of an atom, eV/Å².
     """
-    lowest: dict[Composition, LabelledStructure] = {}
-    for label in labels:
-        if label.anisotropy_group is None and np.isfinite(label.energy):
-            other = lowest.setdefault(composition(label), label)
-            if label.energy / len(label) < other.energy / len(other):
-                lowest[composition(label)] = label
+    lowest = lowest_labels(labels)
     return {key: label.energy / len(label) - _release(label, stiffness) for key, label in lowest.items()}
 
 
