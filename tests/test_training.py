@@ -14,7 +14,7 @@ from ase.io import write
 from ase.units import GPa
 
 from mmace.cli import main
-from mmace.data import fingerprint, read_labels
+from mmace.data import composition, fingerprint, read_labels
 from mmace.derivatives import evaluate
 from mmace.errors import LabelError, MMACEError, ModelFileError, StructureError
 from mmace.graph import Graph
@@ -38,6 +38,7 @@ from mmace.training.checkpoint import read_checkpoint
 from mmace.training.evaluate import _binned_ratios
 from mmace.training.loop import _redrawn
 from mmace.training.loss import direction_loss, label_loss
+from mmace.training.restraint import floor_energies
 from mmace.training.setup import reference_energies
 
 SMALL = {"channels": 4, "max_ell": 2, "correlation": 2, "num_bessel": 4, "radial_mlp": (8,), "cutoff": 3.5}
@@ -333,19 +334,23 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
 
 
 def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(teacher, labels):
-    from mmace.training.batches import composition
-    from mmace.training.restraint import ShakenCell, crystals_to_shake, floor_loss, pushed_down, shake
+    from mmace.training.restraint import Crystal, ShakenCell, crystals_to_shake, floor_loss, pushed_down, shake
 
-    ground = ground_energies(labels["train"])
-    crystals = crystals_to_shake(labels["train"], ground)
+    def stiffness(kind):
+        return 2.0 if kind == composition(["Fe"]) else 0.5
+
+    ground = floor_energies(labels["train"], stiffness)
+    crystals = crystals_to_shake(labels["train"], stiffness)
     molecule = replace(next(x for x in labels["train"] if x.anisotropy_group is None), pbc=(False, False, False))
-    assert crystals_to_shake([molecule], ground) == []
+    assert crystals_to_shake([molecule], stiffness) == []
     quiet = [x for x in labels["train"] if x.anisotropy_group is None and not (np.abs(x.forces) > 0.5).any()]
     assert len(crystals) == len(quiet) > 0
     pushed = replace(quiet[0], forces=np.full((len(quiet[0]), 3), 0.6))
-    assert crystals_to_shake([pushed], ground) == []
+    assert crystals_to_shake([pushed], stiffness) == []
     assert all(len(c.atoms) >= 4 for c in crystals)
-    assert [c.ground for c in crystals] == [ground[composition(x)] for x in quiet]
+    kinds = [composition(x.symbols) for x in quiet]
+    assert [(c.ground, c.stiffness) for c in crystals] == [(ground[kind], stiffness(kind)) for kind in kinds]
+    assert {c.stiffness for c in crystals} == {0.5, 2.0}
 
     def drawn(seed=3):
         rng = np.random.default_rng(seed)
@@ -357,8 +362,7 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         moved = cell.atoms.positions - cell.sites
         assert moved.mean(0) == pytest.approx(np.zeros(3), abs=1e-12)
         assert np.linalg.norm(moved, axis=1).max() < 0.5 * 3.5 * 1.2 ** (1 / 3)
-        assert cell.floor(0.0) == crystal.ground
-        assert cell.floor(2.0) == pytest.approx(crystal.ground + 0.5 * 2.0 * (moved**2).sum(1).mean())
+        assert cell.floor() == pytest.approx(crystal.ground + 0.5 * crystal.stiffness * (moved**2).sum(1).mean())
     assert all(a.atoms == b.atoms for a, b in zip(drawn(), drawn(), strict=True))
     graphs = [Graph.from_atoms(c.atoms, teacher.elements, 3.5) for s in range(20) for c in drawn(s)]
     distances = [float(g.edge_vectors(g.positions).norm(dim=1).min()) for g in graphs]
@@ -373,7 +377,10 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         return graph.per_structure(teacher.site_energies(graph))[0].detach().numpy()
 
     beside = Atoms("FeAl", positions=[[0, 0, 0], [0, 0, 0.55]], cell=[9.0] * 3, pbc=True, magmoms=[0.0, 0.0])
-    near = ShakenCell(beside, beside.positions, 0.0, Graph.from_atoms(beside, teacher.elements, teacher.config.cutoff))
+    crystal = Crystal(beside, 0.0, 0.0)
+    near = ShakenCell(
+        beside, beside.positions, crystal, Graph.from_atoms(beside, teacher.elements, teacher.config.cutoff)
+    )
     with pytest.raises(StructureError, match="overlap"):
         near.moved(np.array([[0, 0, 0.1], [0, 0, -0.1]]), teacher)
 
@@ -384,14 +391,14 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     assert np.mean(energies(lower) < energies(cells)) > 0.7
 
     def loss_at(offset):
-        same = [replace(cell, ground=0.0) for cell in cells]
+        same = [replace(cell, crystal=crystal) for cell in cells]
         config = replace(teacher.config, pair_repulsion=False, atomic_energies={"Fe": offset, "Al": offset})
         flat = MagneticMACE(config)
         with torch.no_grad():
             for parameter in flat.parameters():
                 parameter.zero_()
             flat.one_body.wall = 0.0
-        return float(floor_loss(flat, same, 0.0).detach())
+        return float(floor_loss(flat, same).detach())
 
     assert loss_at(0.01) == 0.0
     assert loss_at(-0.02) == pytest.approx(2 * 5.0**2 * (np.sqrt(1 + 1 / 5.0**2) - 1))
@@ -481,9 +488,6 @@ def same(first, second):
 
 def test_floor_leaves_room_for_what_the_lowest_label_can_still_release(labels):
     """A harmonic crystal of stiffness k, displaced by u and strained by ε in volume, has ½ku² + ½BVε² to give."""
-    from mmace.training.batches import composition
-    from mmace.training.restraint import floor_energies
-
     label = next(x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al"))
     atoms = label.atoms()
     stiffness, strain, displacement = 1.5, 0.04, 0.1
@@ -496,10 +500,20 @@ def test_floor_leaves_room_for_what_the_lowest_label_can_still_release(labels):
         stress=np.array([bulk * strain] * 3 + [0.0] * 3),
     )
     higher = replace(held, energy=held.energy + 3.0, forces=np.full((3, 3), 9.0))
-    floors = floor_energies([higher, held], stiffness)
-    assert floors == {composition(label): pytest.approx(-5.0)}
+    kind = composition(label.symbols)
+
+    def of_this_kind(other):
+        return stiffness if other == kind else np.nan
+
+    assert floor_energies([higher, held], of_this_kind) == {kind: pytest.approx(-5.0)}
     unknown = replace(held, forces=np.full((3, 3), np.nan), stress=np.full(6, np.nan))
-    assert floor_energies([unknown], stiffness) == {composition(label): pytest.approx(held.energy / 3)}
+    assert floor_energies([unknown], of_this_kind) == {kind: pytest.approx(held.energy / 3)}
+
+
+def test_stiffness_of_each_formula():
+    assert recipe(least_stiffness=2.0).stiffness_of(composition(["Fe", "Al"])) == 2.0
+    given = recipe(least_stiffness={"Fe": 4.0, "Fe2Cr2": 3.0, "others": 1.5})
+    assert [given.stiffness_of(composition(x)) for x in (["Fe"], ["Cr", "Fe"], ["Fe", "Al"])] == [4.0, 3.0, 1.5]
 
 
 def test_training_lowers_the_loss_and_leaves_the_labels_alone(labels, tmp_path):
@@ -733,7 +747,11 @@ def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         ({"tolerances": 3}, "tolerances is 3: give an object"),
         ({"tolerances": {"energy": 0.0}}, "energy is 0.0: it must be above 0"),
         ({"learning_rate": -1}, "learning_rate is -1: it must be above 0"),
-        ({"least_stiffness": -0.5}, "least_stiffness is -0.5: it must be at least 0"),
+        ({"least_stiffness": 0}, "least_stiffness is 0: give a number above 0"),
+        ({"least_stiffness": [1.0]}, r"least_stiffness is \[1.0\]: give a number above 0"),
+        ({"least_stiffness": {"Al": "soft", "others": 1}}, "least_stiffness is 'soft': give a number above 0"),
+        ({"least_stiffness": {"Al": 1.5}}, "least_stiffness has no 'others'"),
+        ({"least_stiffness": {"al": 1.5, "others": 1}}, "least_stiffness has 'al': give formulas"),
     ):
         path = tmp_path / "recipe.json"
         path.write_text(json.dumps(content))

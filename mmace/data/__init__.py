@@ -1,12 +1,14 @@
 """Labels to learn from and how they are split."""
 
-from .labels import LabelledStructure, fingerprint, groups_of, label_from_atoms, read_labels
+from .labels import Composition, LabelledStructure, composition, fingerprint, groups_of, label_from_atoms, read_labels
 from .splits import PARTS, Splits, read_splits
 
 __all__ = [
     "PARTS",
+    "Composition",
     "LabelledStructure",
     "Splits",
+    "composition",
     "fingerprint",
     "groups_of",
     "label_from_atoms",

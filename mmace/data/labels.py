@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,15 @@ from ..errors import LabelError
 from ..structures import moments_of
 
 SAME_GEOMETRY = 1e-5  # Å; file formats round
+
+Composition = frozenset[tuple[str, int]]
+
+
+def composition(symbols: Iterable[str]) -> Composition:
+    """Smallest whole numbers of each element among chemical symbols."""
+    counts = Counter(symbols)
+    common = math.gcd(*counts.values())
+    return frozenset((symbol, count // common) for symbol, count in counts.items())
 
 
 @dataclass(frozen=True)

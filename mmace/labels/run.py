@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from .plan import Job, Plan
 
 RESULT = "result.json"
 GPAW_VARIABLE = "MMACE_GPAW_PYTHON"
+ENDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,9 @@ def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Eve
         finally:
             process.kill()
             process.wait()
+    # a program that somebody else ended says nothing about its job; a shell around it reports 128 and the signal
+    if abs(process.returncode) % 128 in ENDED and not 0 < process.returncode < 128:
+        raise KeyboardInterrupt
 
 
 def _run_abinit(

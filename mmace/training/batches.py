@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -11,14 +9,12 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ..data import LabelledStructure
+from ..data import Composition, LabelledStructure, composition
 from ..graph import Graph
 from ..model import MagneticMACE
 from .recipe import Tolerances
 
 SMALL_MOMENT = 1e-3  # µB; below it a moment has no direction
-
-Composition = frozenset[tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,10 @@ def lowest_labels(labels: Iterable[LabelledStructure]) -> dict[Composition, Labe
     lowest: dict[Composition, LabelledStructure] = {}
     for label in labels:
         if label.anisotropy_group is None and np.isfinite(label.energy):
-            other = lowest.setdefault(composition(label), label)
+            kind = composition(label.symbols)
+            other = lowest.setdefault(kind, label)
             if label.energy / len(label) < other.energy / len(other):
-                lowest[composition(label)] = label
+                lowest[kind] = label
     return lowest
 
 
@@ -208,19 +205,12 @@ def graph_of(atoms: Atoms, model: MagneticMACE, soc: float = 0.0) -> Graph:
     return Graph.from_atoms(atoms, config.elements, config.cutoff, soc=soc, dtype=model.dtype)
 
 
-def composition(label: LabelledStructure) -> Composition:
-    """Smallest whole numbers of each element."""
-    counts = Counter(label.symbols)
-    common = math.gcd(*counts.values())
-    return frozenset((symbol, count // common) for symbol, count in counts.items())
-
-
 def _excess(label: LabelledStructure, ground: Mapping[Composition, float]) -> float:
     """Energy above the ground, eV/atom; zero where label or composition has no energy."""
     energy = label.energy / len(label)
     if not np.isfinite(energy):
         return 0.0
-    return max(0.0, energy - ground.get(composition(label), energy))
+    return max(0.0, energy - ground.get(composition(label.symbols), energy))
 
 
 def _widened(tolerance: float, relative: float, label: np.ndarray) -> np.ndarray:

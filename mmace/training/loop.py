@@ -30,7 +30,6 @@ from .restraint import (
     Crystal,
     Probe,
     crystals_to_shake,
-    floor_energies,
     floor_loss,
     make_probe,
     pushed_down,
@@ -236,7 +235,7 @@ class _Run:
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
         known_labels = [*train_labels, *(() if start is None else start.replay)] if recipe.restrain_every else []
-        crystals = crystals_to_shake(known_labels, floor_energies(known_labels, recipe.least_stiffness))
+        crystals = crystals_to_shake(known_labels, recipe.stiffness_of)
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
@@ -515,7 +514,7 @@ class _StepLoss(torch.nn.Module):
             cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
             for _ in range(PUSHES):
                 cells = pushed_down(self.model, cells)
-            loss = loss + floor_loss(self.model, cells, self.recipe.least_stiffness)
+            loss = loss + floor_loss(self.model, cells)
         return loss.double()
 
 

@@ -9,24 +9,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ase.formula import Formula
+
+from ..data import Composition, composition
 from ..errors import MMACEError
 from ..model import ModelConfig
 
 MEASURED = ("elements", "moment_scale", "carriers", "atomic_energies", "energy_scale", "avg_num_neighbors")
+REST = "others"
 MODEL_SETTINGS = tuple(f.name for f in fields(ModelConfig) if f.name not in MEASURED)
 
 BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "groups_per_step", "validate_every", "patience"), lambda x: x >= 1, "at least 1"),
     (("learning_rate", "clip"), lambda x: x > 0, "above 0"),
     (
-        (
-            "final_learning_rate",
-            "warmup_steps",
-            "weight_decay",
-            "spin_orbit_decay",
-            "restrain_every",
-            "least_stiffness",
-        ),
+        ("final_learning_rate", "warmup_steps", "weight_decay", "spin_orbit_decay", "restrain_every"),
         lambda x: x >= 0,
         "at least 0",
     ),
@@ -110,9 +107,10 @@ class Recipe:
         Epochs between validations.
     restrain_every : int
         Steps between those that restrain the surface beyond the labels; 0 never does.
-    least_stiffness : float
-        Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least; below that of the softest
-        mode of the softest crystal, since the displaced atoms are pushed downhill first.
+    least_stiffness : float or mapping of str to float
+        Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least, one for all or one for each
+        formula and one for the `others`; below that of the softest mode, since the displaced atoms are pushed downhill
+        first.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -135,7 +133,7 @@ class Recipe:
     ema: float = 0.99
     validate_every: int = 5
     restrain_every: int = 2
-    least_stiffness: float = 0.5
+    least_stiffness: float | Mapping[str, float] = 0.5
     keep: str = "best"
     patience: int = 200
     dtype: str = "float64"
@@ -163,6 +161,23 @@ class Recipe:
                 )
         if not 0.0 <= self.ema < 1.0:
             raise RecipeError(f"the recipe's ema is {self.ema}: it must be at least 0 and below 1.")
+        least = self.least_stiffness
+        if isinstance(least, Mapping) and REST not in least:
+            raise RecipeError(f"the recipe's least_stiffness has no {REST!r}: give the number for all other formulas.")
+        for key, value in least.items() if isinstance(least, Mapping) else ((REST, least),):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0.0:
+                raise RecipeError(
+                    f"the recipe's least_stiffness is {value!r}: give a number above 0, or one for each formula."
+                )
+            if key != REST and not _composition_of(key):
+                raise RecipeError(f"the recipe's least_stiffness has {key!r}: give formulas such as FeAl, or {REST!r}.")
+
+    def stiffness_of(self, composition: Composition) -> float:
+        """`least_stiffness` of a composition, eV/Å²."""
+        least = self.least_stiffness
+        if not isinstance(least, Mapping):
+            return least
+        return next((value for key, value in least.items() if _composition_of(key) == composition), least[REST])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -206,6 +221,14 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not isinstance(settings, dict):
         raise RecipeError(f"{file} does not hold a JSON object: mend the recipe.")
     return Recipe.from_dict(settings)
+
+
+def _composition_of(formula: str) -> Composition:
+    """Composition of a formula; empty for a text that is none."""
+    try:
+        return composition(Formula(formula))
+    except ValueError:
+        return frozenset()
 
 
 def _check_types(settings: Any, what: str) -> None:

@@ -9,7 +9,7 @@ it does in the labels that have it. All are one-sided, so a surface that obeys t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,12 +18,12 @@ from ase import Atoms
 from ase.build import make_supercell
 from matscipy.neighbours import neighbour_list
 
-from ..data import LabelledStructure
+from ..data import Composition, LabelledStructure, composition
 from ..derivatives import evaluate
 from ..errors import StructureError
 from ..graph import Graph
 from ..model import MagneticMACE
-from .batches import Composition, LabelBatch, composition, graph_of, lowest_labels
+from .batches import LabelBatch, graph_of, lowest_labels
 
 LEAST_SLOPE = 0.2  # eV/µB, dE/d|m| beyond the labels' range
 SLOPE_TOLERANCE = 0.1  # eV/µB
@@ -134,10 +134,13 @@ class Crystal:
         Labelled structure, repeated to at least four atoms so that they can move against each other.
     ground : float
         What its composition lies above at least, from `floor_energies`, eV/atom.
+    stiffness : float
+        Least curvature of the energy in the displacement of an atom, eV/Å².
     """
 
     atoms: Atoms
     ground: float
+    stiffness: float
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,15 @@ class ShakenCell:
         The structure with its moments.
     sites : ndarray (N, 3)
         Positions without the displacements, Å.
-    ground : float
-        That of the crystal, eV/atom.
+    crystal : Crystal
+        What was shaken.
     graph : Graph
         The structure for the model.
     """
 
     atoms: Atoms
     sites: np.ndarray
-    ground: float
+    crystal: Crystal
     graph: Graph
 
     def moved(self, step: np.ndarray, model: MagneticMACE) -> ShakenCell:
@@ -167,12 +170,15 @@ class ShakenCell:
         atoms.positions += step - step.mean(0)
         return replace(self, atoms=atoms, graph=graph_of(atoms, model))
 
-    def floor(self, stiffness: float) -> float:
-        """Energy that the cell lies above, eV/atom, for a least curvature in eV/Å²."""
-        return self.ground + 0.5 * stiffness * float(((self.atoms.positions - self.sites) ** 2).sum(1).mean())
+    def floor(self) -> float:
+        """Energy that the cell lies above, eV/atom."""
+        squares = float(((self.atoms.positions - self.sites) ** 2).sum(1).mean())
+        return self.crystal.ground + 0.5 * self.crystal.stiffness * squares
 
 
-def floor_energies(labels: Iterable[LabelledStructure], stiffness: float) -> dict[Composition, float]:
+def floor_energies(
+    labels: Iterable[LabelledStructure], stiffness: Callable[[Composition], float]
+) -> dict[Composition, float]:
     """What no structure of a composition should lie below, eV/atom.
 
     That is the lowest label, less what its own forces and pressure could still release: F²/2k for each atom and
@@ -182,35 +188,36 @@ def floor_energies(labels: Iterable[LabelledStructure], stiffness: float) -> dic
     ----------
     labels : iterable of LabelledStructure
         Training labels; those of anisotropy groups have no absolute energy and are left out.
-    stiffness : float
-        k, least curvature of the energy in the displacement of an atom, eV/Å².
+    stiffness : callable
+        k of a composition, least curvature of the energy in the displacement of an atom, eV/Å².
     """
     lowest = lowest_labels(labels)
-    return {key: label.energy / len(label) - _release(label, stiffness) for key, label in lowest.items()}
+    return {key: label.energy / len(label) - _release(label, stiffness(key)) for key, label in lowest.items()}
 
 
-def crystals_to_shake(labels: Iterable[LabelledStructure], ground: Mapping[Composition, float]) -> list[Crystal]:
+def crystals_to_shake(labels: Sequence[LabelledStructure], stiffness: Callable[[Composition], float]) -> list[Crystal]:
     """Crystals among the labels that have an energy of their own, but for those whose forces show displaced atoms.
 
     Parameters
     ----------
-    labels : iterable of LabelledStructure
+    labels : sequence of LabelledStructure
         Training labels.
-    ground : mapping
-        From `floor_energies`.
+    stiffness : callable
+        Least curvature of the energy in the displacement of an atom, eV/Å², of a composition.
     """
+    ground = floor_energies(labels, stiffness)
     crystals = []
     for label in labels:
-        energy = ground.get(composition(label))
+        kind = composition(label.symbols)
         displaced = bool((np.abs(label.forces) > LARGEST_FORCE).any())
         atoms = label.atoms()
-        if label.anisotropy_group is not None or energy is None or displaced or not atoms.pbc.all():
+        if label.anisotropy_group is not None or kind not in ground or displaced or not atoms.pbc.all():
             continue
         while len(atoms) < FEWEST_ATOMS:
             repeats = np.ones(3, dtype=int)
             repeats[np.argmin(atoms.cell.lengths())] = 2
             atoms = make_supercell(atoms, np.diag(repeats))
-        crystals.append(Crystal(atoms, energy))
+        crystals.append(Crystal(atoms, ground[kind], stiffness(kind)))
     return crystals
 
 
@@ -240,7 +247,7 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
         displacement = _approach(atoms, rng) if rng.random() < 0.5 else _everywhere(n_atoms, rng)
         atoms.positions += displacement - displacement.mean(0)
         try:
-            return ShakenCell(atoms, sites, crystal.ground, graph_of(atoms, model))
+            return ShakenCell(atoms, sites, crystal, graph_of(atoms, model))
         except StructureError:
             continue
 
@@ -269,7 +276,7 @@ def pushed_down(model: MagneticMACE, cells: Sequence[ShakenCell]) -> list[Shaken
     return found
 
 
-def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell], stiffness: float) -> torch.Tensor:
+def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor:
     """Penalty for shaken cells below their floor, per structure.
 
     Parameters
@@ -278,11 +285,9 @@ def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell], stiffness: floa
         The potential.
     cells : sequence of ShakenCell
         From `shake`.
-    stiffness : float
-        Least curvature of the energy in the displacement of an atom, eV/Å².
     """
     graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
-    floors = torch.tensor([cell.floor(stiffness) for cell in cells], dtype=torch.float64, device=model.device)
+    floors = torch.tensor([cell.floor() for cell in cells], dtype=torch.float64, device=model.device)
     energies = graph.per_structure(model.site_energies(graph))[0] / graph.counts
     return _penalty(torch.relu(floors - energies) / FLOOR_TOLERANCE).mean()
 
