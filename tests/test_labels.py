@@ -418,6 +418,17 @@ def test_run_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert counts == {"done": 1, "failed": 0, "kept": 1, "busy": 0}
 
 
+def test_jobs_whose_program_somebody_ended_are_not_recorded(tmp_path: Path) -> None:
+    """An interrupted run must run them again, and a crash is no interruption."""
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    for ended in ("os.kill(os.getpid(), signal.SIGTERM)", "sys.exit(128 + signal.SIGINT)"):
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan, tmp_path / "work", stand_in(tmp_path, "import os, signal; " + ended))
+        assert read_result(plan, plan.jobs[0], tmp_path / "work") is None
+    crashed = stand_in(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    assert run_plan(plan, tmp_path / "work", crashed)["failed"] == 1
+
+
 def test_failed_and_late_jobs_are_recorded_and_can_be_retried(tmp_path: Path) -> None:
     plan = Plan("test", COLLINEAR, (feal("one"),))
     assert run_plan(plan, tmp_path / "work", stand_in(tmp_path, "sys.exit(3)"))["failed"] == 1

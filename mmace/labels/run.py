@@ -31,7 +31,8 @@ from .plan import Job, Plan
 
 RESULT = "result.json"
 GPAW_VARIABLE = "MMACE_GPAW_PYTHON"
-ENDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDED = (*(-number for number in SIGNALS), *(128 + number for number in SIGNALS))  # of a program, of a shell around it
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Eve
         finally:
             process.kill()
             process.wait()
-    # a program that somebody else ended says nothing about its job; a shell around it reports 128 and the signal
-    if abs(process.returncode) % 128 in ENDED and not 0 < process.returncode < 128:
+    # a program that somebody ended says nothing about its job
+    if process.returncode in ENDED:
         raise KeyboardInterrupt
 
 
