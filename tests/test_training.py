@@ -362,7 +362,8 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         moved = cell.atoms.positions - cell.sites
         assert moved.mean(0) == pytest.approx(np.zeros(3), abs=1e-12)
         assert np.linalg.norm(moved, axis=1).max() < 0.5 * 3.5 * 1.2 ** (1 / 3)
-        assert cell.floor() == pytest.approx(crystal.ground + 0.5 * crystal.stiffness * (moved**2).sum(1).mean())
+        harmonic = 0.5 * crystal.stiffness * (moved**2).sum(1).mean()
+        assert cell.floor() == pytest.approx(crystal.ground + min(harmonic, 0.15))
     assert all(a.atoms == b.atoms for a, b in zip(drawn(), drawn(), strict=True))
     graphs = [Graph.from_atoms(c.atoms, teacher.elements, 3.5) for s in range(20) for c in drawn(s)]
     distances = [float(g.edge_vectors(g.positions).norm(dim=1).min()) for g in graphs]

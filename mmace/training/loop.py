@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
 ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM, REPLAY_STREAM = range(5)
 
-PUSHES = 2  # steps downhill before a shaken cell is held against its floor
+MOST_PUSHES = 10  # steps downhill before a shaken cell is held against its floor
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
@@ -512,7 +512,7 @@ class _StepLoss(torch.nn.Module):
             rng = np.random.default_rng(seed)
             drawn = rng.integers(len(self.crystals), size=len(labels))
             cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
-            for _ in range(PUSHES):
+            for _ in range(rng.integers(1, MOST_PUSHES, endpoint=True)):
                 cells = pushed_down(self.model, cells)
             loss = loss + floor_loss(self.model, cells)
         return loss.double()

@@ -31,6 +31,7 @@ TENSION_TOLERANCE = 0.02  # eV/atom, dE/dlnV
 LONGEST_MOMENT = 1.3  # of M_z
 LARGEST_EXPANSION = 0.5  # of lengths
 FLOOR_TOLERANCE = 0.02  # eV/atom
+HIGHEST_FLOOR = 0.15  # eV/atom above the ground
 LARGEST_DISPLACEMENT = 0.4  # Å
 LONGEST_PAIR, CLOSEST_PAIR = 3.5, 0.8  # Å
 LARGEST_FORCE = 0.5  # eV/Å
@@ -171,9 +172,9 @@ class ShakenCell:
         return replace(self, atoms=atoms, graph=graph_of(atoms, model))
 
     def floor(self) -> float:
-        """Energy that the cell lies above, eV/atom."""
+        """Energy that the cell lies above, eV/atom; far from the sites it may be another crystal, which costs less."""
         squares = float(((self.atoms.positions - self.sites) ** 2).sum(1).mean())
-        return self.crystal.ground + 0.5 * self.crystal.stiffness * squares
+        return self.crystal.ground + min(0.5 * self.crystal.stiffness * squares, HIGHEST_FLOOR)
 
 
 def floor_energies(
