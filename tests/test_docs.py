@@ -1,10 +1,13 @@
-"""Examples on the pages: what stands there was printed by the model that is shipped."""
+"""Examples on the pages and stored results: the model that is shipped made them."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from mmace.calculator import MMACECalculator
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -26,6 +29,24 @@ def test_every_example_is_of_the_shipped_model(runner):
     }
     stale = [e.command for e in found if not runner.is_current(e)]
     assert not stale, "run docs/examples.py"
+
+
+def test_stored_results_are_of_the_shipped_model():
+    """Commands of their own make errors, stability and anisotropy against labels: new weights can leave them behind."""
+    calculator = MMACECalculator("default", soc=False)
+    whole = calculator.provenance()["hash"]
+    benchmarks = DOCS.parent / "benchmarks"
+    assert whole in (benchmarks / "FeAl" / "anisotropy.md").read_text(), (
+        "run benchmarks/FeAl/anisotropy_against_labels.py"
+    )
+    for system in ("FeAl", "CrN"):
+        results = benchmarks / system / "results"
+        assert json.loads((results / "stability.json").read_text())["model"] == whole, "run benchmarks/stability.py"
+        stored = json.loads((results / "errors.json").read_text())["model"]
+        members = {
+            f"default-{k}.safetensors": member.provenance()["hash"] for k, member in enumerate(calculator.members)
+        }
+        assert stored == members, "run mmace eval"
 
 
 def test_an_example_is_replaced_on_its_page(runner, tmp_path, monkeypatch):
