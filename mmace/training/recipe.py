@@ -172,12 +172,12 @@ class Recipe:
             if key != REST and not _composition_of(key):
                 raise RecipeError(f"the recipe's least_stiffness has {key!r}: give formulas such as FeAl, or {REST!r}.")
 
-    def stiffness_of(self, composition: Composition) -> float:
+    def stiffness_of(self, kind: Composition) -> float:
         """`least_stiffness` of a composition, eV/Å²."""
         least = self.least_stiffness
         if not isinstance(least, Mapping):
             return least
-        return next((value for key, value in least.items() if _composition_of(key) == composition), least[REST])
+        return next((value for key, value in least.items() if _composition_of(key) == kind), least[REST])
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
