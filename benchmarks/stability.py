@@ -9,6 +9,10 @@ and adds crystals that no label has. Every member of the committee sees the same
 puts more than 50 meV/atom below the ground state, which is the lowest energy of the stable crystal of the composition
 over volumes and collinear orders, or of the crystal itself where the composition has no other.
 
+Walks downhill look for holes that chance does not find: from cells within ±10 % of volume, 0.4 Å and collinear moments
+of the crystal's own length, half of them ferromagnetic, the others with signs at random, each member takes 30 steps of
+0.15 Å along its own forces. A walk has a hole where its lowest energy is one.
+
 Dynamics are 20 ps of the first member, or with `--mean` of the committee's mean as the calculator gives it, with a
 Langevin thermostat at 300 K and 1,000 K, moments held. Displacements and
 temperatures are looked at after every step; the structure is kept every picosecond, and the same command goes on where
@@ -39,10 +43,14 @@ from mmace.derivatives import Evaluation, evaluate
 from mmace.errors import StructureError
 from mmace.files import whole_file
 from mmace.graph import Graph
-from mmace.training.restraint import random_directions
+from mmace.model import MagneticMACE
+from mmace.training.batches import graph_of
+from mmace.training.restraint import Crystal as ShakenCrystal
+from mmace.training.restraint import ShakenCell, pushed_down, random_directions
 
 HOLE = 0.05  # eV/atom
 CELLS_AT_ONCE = 25
+STEPS_DOWNHILL = 30
 TIME_STEP = 2.0  # fs
 PICOSECOND = 500  # steps
 FRICTION = 0.01 / units.fs
@@ -71,6 +79,7 @@ class Ranges:
 
 ASKED = Ranges(0.2, 0.2, 0.4, 1.5)
 HARDER = Ranges(0.35, 0.4, 0.6, 1.5)
+BEFORE_WALKS = Ranges(0.1, 0.1, 0.4, 0.0)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,50 @@ def random_cells(
             "crystal_above_ground_state_eV_per_atom": grounds[name] - reference,
         }
     return result
+
+
+def walks_downhill(
+    crystals: Mapping[str, Crystal],
+    grounds: Mapping[str, float],
+    calculator: MMACECalculator,
+    count: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Counts over walks from random cells of every crystal, `count` of each; `grounds` are ground states, eV/atom."""
+    result = {}
+    for name, crystal in crystals.items():
+        rng = np.random.default_rng(seed)
+        cells = (perturbed(crystal.atoms, BEFORE_WALKS, calculator, rng) for _ in range(count))
+        starts = [collinear(cell, crystal.moment, calculator.models[0].config.carriers, rng) for cell in cells]
+        lowest = np.empty((len(calculator.models), count))
+        batches = [range(k, min(k + CELLS_AT_ONCE, count)) for k in range(0, count, CELLS_AT_ONCE)]
+        for member, k in track(list(np.ndindex(len(lowest), len(batches))), f"{name}, walks downhill"):
+            batch = batches[k]
+            lowest[member, batch] = lowest_on_the_way(calculator.models[member], [starts[i] for i in batch])
+        above = lowest - grounds[crystal.stable or name]
+        result[name] = _counts(above, np.isfinite(above))
+    return result
+
+
+def collinear(atoms: Atoms, moment: float, carriers: tuple[str, ...], rng: np.random.Generator) -> Atoms:
+    """The structure with moments on its carriers along z, all up or, in half of the cases, up or down."""
+    signs = rng.choice([-1.0, 1.0], len(atoms)) if rng.random() < 0.5 else np.ones(len(atoms))
+    carries = np.isin(list(atoms.symbols), carriers)
+    atoms.set_initial_magnetic_moments((moment * signs * carries)[:, None] * np.array([0.0, 0.0, 1.0]))
+    return atoms
+
+
+def lowest_on_the_way(model: MagneticMACE, starts: list[Atoms]) -> np.ndarray:
+    """Lowest energy of each structure on its walk down the model's forces, eV/atom."""
+    nothing = ShakenCrystal(starts[0], 0.0, 0.0)
+    cells = [ShakenCell(atoms, atoms.positions, nothing, graph_of(atoms, model)) for atoms in starts]
+    energies = []
+    for _ in range(STEPS_DOWNHILL):
+        graph = Graph.collate([cell.graph for cell in cells])
+        found = evaluate(model, graph, forces=False, stress=False, magnetic_forces=False)
+        energies.append((found.energy / graph.counts).detach().numpy())
+        cells = pushed_down(model, cells)
+    return np.min(energies, axis=0)
 
 
 def _drawn(
@@ -338,6 +391,7 @@ def main() -> None:
     parser.add_argument(
         "--harder-cells", type=int, default=250, help="harder cells of each crystal (default %(default)s)"
     )
+    parser.add_argument("--walks", type=int, default=250, help="walks downhill from each crystal (default %(default)s)")
     parser.add_argument("--picoseconds", type=int, default=20, help="of each run; 0 for none (default %(default)s)")
     parser.add_argument("--mean", action="store_true", help="dynamics of the committee's mean, not of its first member")
     parser.add_argument("--work", type=Path, default=Path("stability-work"), help="folder of the trajectories")
@@ -347,7 +401,7 @@ def main() -> None:
     calculator = MMACECalculator(args.model, soc=False)
     result: dict[str, Any] = {"system": args.system, "model": calculator.provenance()["hash"]}
     labelled, others = labelled_crystals(args.system), other_crystals(args.system)
-    wanted = (labelled if args.cells else {}) | (labelled | others if args.harder_cells else {})
+    wanted = (labelled if args.cells or args.walks else {}) | (labelled | others if args.harder_cells else {})
     grounds = {name: ground_state(crystal, calculator) for name, crystal in wanted.items()}
     if args.cells:
         result["asked_cells"] = random_cells(labelled, grounds, ASKED, calculator, args.cells)
@@ -355,6 +409,9 @@ def main() -> None:
     if args.harder_cells:
         result["harder_cells"] = random_cells(labelled | others, grounds, HARDER, calculator, args.harder_cells)
         print(table_of_cells("harder", result["harder_cells"]))
+    if args.walks:
+        result["walks_downhill"] = walks_downhill(labelled, grounds, calculator, args.walks)
+        print(table_of_cells("downhill", result["walks_downhill"]))
     if args.picoseconds:
         folder = args.work / args.system / (result["model"][:12] + ("-mean" if args.mean else ""))
         moving = calculator if args.mean else calculator.members[0]

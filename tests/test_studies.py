@@ -10,6 +10,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixCom
 from mmace_bench import ablations, finetuning, stability
 
+from mmace.calculator import MMACECalculator
 from mmace.data import LabelledStructure, Splits, groups_of, read_labels, read_splits
 from mmace.derivatives import Evaluation
 from mmace.graph import Graph
@@ -147,6 +148,34 @@ def test_holes_are_counted_by_member_and_by_cell() -> None:
     assert (found["holes"], found["cells_with_a_hole"], found["not_finite"]) == (3, 2, 1)
     assert found["lowest_above_ground_state_eV_per_atom"] == -2.0
     assert "| 3, 2 | 1 | 3 | -2.00 |" in stability.table_of_cells("asked", {"bcc Fe": found})
+
+
+def test_walks_start_collinear_and_end_low() -> None:
+    calculator = MMACECalculator("default", soc=False)
+    crystal = stability.labelled_crystals("FeAl")["B2 FeAl"]
+    carriers = calculator.models[0].config.carriers
+    rng = np.random.default_rng(1)
+    cells = [stability.perturbed(crystal.atoms, stability.BEFORE_WALKS, calculator, rng) for _ in range(6)]
+    starts = [stability.collinear(cell, crystal.moment, carriers, rng) for cell in cells]
+    moments = np.array([start.get_initial_magnetic_moments() for start in starts])
+    iron = np.array(list(crystal.atoms.symbols)) == "Fe"
+    assert not moments[:, :, :2].any()
+    assert not moments[:, ~iron].any()
+    assert np.abs(moments[:, iron, 2]) == pytest.approx(crystal.moment)
+    ferromagnetic = (moments[:, iron, 2] > 0).all(1)
+    assert 0 < ferromagnetic.sum() < len(starts)
+
+    def energies(some):
+        graph = Graph.collate([Graph.from_atoms(a, calculator.elements, calculator.cutoff) for a in some])
+        return (calculator.models[0].site_energies(graph).reshape(len(some), -1).mean(1)).detach().numpy()
+
+    ideal = [crystal.atoms.copy() for _ in starts]
+    for atoms, start in zip(ideal, starts, strict=True):
+        atoms.set_cell(start.cell, scale_atoms=True)
+        atoms.set_initial_magnetic_moments(start.get_initial_magnetic_moments())
+    gain = energies(starts) - stability.lowest_on_the_way(calculator.models[0], starts)
+    assert gain.min() > 0
+    assert gain == pytest.approx(energies(starts) - energies(ideal), abs=0.05)
 
 
 def test_one_number_that_is_not_finite_marks_its_structure() -> None:

@@ -347,7 +347,6 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     assert len(crystals) == len(quiet) > 0
     pushed = replace(quiet[0], forces=np.full((len(quiet[0]), 3), 0.6))
     assert crystals_to_shake([pushed], stiffness) == []
-    assert all(len(c.atoms) >= 4 for c in crystals)
     kinds = [composition(x.symbols) for x in quiet]
     assert [(c.ground, c.stiffness) for c in crystals] == [(ground[kind], stiffness(kind)) for kind in kinds]
     assert {c.stiffness for c in crystals} == {0.5, 2.0}
@@ -357,9 +356,16 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         return [shake(c, teacher, rng) for c in crystals]
 
     harmonics = []
-    for crystal, cell in zip(crystals, drawn(), strict=True):
-        scale = (cell.atoms.get_volume() / crystal.atoms.get_volume()) ** (1 / 3)
-        assert cell.sites == pytest.approx(crystal.atoms.positions * scale)
+    for crystal, cell in zip(crystals * 5, [cell for seed in range(5) for cell in drawn(seed)], strict=True):
+        assert 4 <= len(cell.atoms) <= 8
+        cells, rest = divmod(len(cell.atoms), len(crystal.atoms))
+        assert rest == 0
+        scale = (cell.atoms.get_volume() / (cells * crystal.atoms.get_volume())) ** (1 / 3)
+        inside = np.linalg.solve(scale * crystal.atoms.cell.array.T, (cell.sites - cell.sites[0]).T).T
+        own = np.linalg.solve(crystal.atoms.cell.array.T, (crystal.atoms.positions - crystal.atoms.positions[0]).T).T
+        apart = inside[:, None] - own
+        same = (np.abs(apart - apart.round()).max(2) < 1e-9) & (cell.atoms.numbers[:, None] == crystal.atoms.numbers)
+        assert (same.sum(0) == cells).all()
         moved = cell.atoms.positions - cell.sites
         assert moved.mean(0) == pytest.approx(np.zeros(3), abs=1e-12)
         assert np.linalg.norm(moved, axis=1).max() < 0.5 * 3.5 * 1.2 ** (1 / 3)
@@ -405,6 +411,26 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
 
     assert loss_at(0.01) == 0.0
     assert loss_at(-0.02) == pytest.approx(2 * 5.0**2 * (np.sqrt(1 + 1 / 5.0**2) - 1))
+
+
+def test_shaken_supercells_have_all_shapes(teacher):
+    from mmace.training.restraint import Crystal, shake
+
+    primitive = bulk("Fe", "fcc", a=3.6) * (1, 1, 2)
+    primitive.set_initial_magnetic_moments(np.zeros((2, 3)))
+    rng = np.random.default_rng(0)
+    lattices: dict[int, list[np.ndarray]] = {}
+    for _ in range(600):
+        atoms = shake(Crystal(primitive, 0.0, 0.5), teacher, rng).atoms
+        scale = (atoms.get_volume() / len(atoms) * 2 / primitive.get_volume()) ** (1 / 3)
+        cell = atoms.cell.array / scale @ np.linalg.inv(primitive.cell.array)
+        assert cell == pytest.approx(cell.round(), abs=1e-9)
+        found = lattices.setdefault(len(atoms) // 2, [])
+        change = [other @ np.linalg.inv(cell) for other in found]
+        if not any(np.allclose(c, c.round()) for c in change):
+            found.append(cell)
+    # Sublattices of index 2, 3 and 4 of a lattice in three dimensions: 7, 13 and 35.
+    assert {count: len(found) for count, found in lattices.items()} == {2: 7, 3: 13, 4: 35}
 
 
 def test_restraint_of_spin_orbit_energies_starts_at_its_bound(teacher, labels):

@@ -39,7 +39,7 @@ LARGEST_COMPRESSION, LARGEST_EXPANSION_OF_SHAKEN = 0.35, 0.2  # of the volume
 PUSH = 0.15  # Å
 SMALLEST_FORCE = 1e-3  # eV/Å
 LONGEST_SHAKEN_MOMENT = 1.5  # of M_z
-FEWEST_ATOMS = 4
+FEWEST_ATOMS, MOST_ATOMS = 4, 8
 OUTLIER = 5.0
 ROTATIONS = 3
 
@@ -132,7 +132,7 @@ class Crystal:
     Attributes
     ----------
     atoms : Atoms
-        Labelled structure, repeated to at least four atoms so that they can move against each other.
+        Labelled structure; `shake` repeats it.
     ground : float
         What its composition lies above at least, from `floor_energies`, eV/atom.
     stiffness : float
@@ -214,16 +214,15 @@ def crystals_to_shake(labels: Sequence[LabelledStructure], stiffness: Callable[[
         atoms = label.atoms()
         if label.anisotropy_group is not None or kind not in ground or displaced or not atoms.pbc.all():
             continue
-        while len(atoms) < FEWEST_ATOMS:
-            repeats = np.ones(3, dtype=int)
-            repeats[np.argmin(atoms.cell.lengths())] = 2
-            atoms = make_supercell(atoms, np.diag(repeats))
         crystals.append(Crystal(atoms, ground[kind], stiffness(kind)))
     return crystals
 
 
 def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> ShakenCell:
     """Displace all atoms or bring two neighbours together, change the volume and, in half of the cases, all moments.
+
+    The crystal is first repeated to four to eight atoms in a supercell of any shape, so that neighbouring cells move
+    against each other with wave vectors from the whole zone boundary.
 
     Parameters
     ----------
@@ -235,9 +234,9 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
         Source of randomness.
     """
     config = model.config
-    n_atoms = len(crystal.atoms)
     while True:
-        atoms = crystal.atoms.copy()
+        atoms = make_supercell(crystal.atoms, _repetition(len(crystal.atoms), rng))
+        n_atoms = len(atoms)
         volume = rng.uniform(1.0 - LARGEST_COMPRESSION, 1.0 + LARGEST_EXPANSION_OF_SHAKEN)
         atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
         if rng.random() < 0.5:
@@ -328,6 +327,16 @@ def _release(label: LabelledStructure, stiffness: float) -> float:
 
 def _penalty(x: torch.Tensor) -> torch.Tensor:
     return 2.0 * OUTLIER**2 * (torch.sqrt(1.0 + (x / OUTLIER).square()) - 1.0)
+
+
+def _repetition(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
+    """Supercell of 4 to 8 atoms where that can be: any number of cells, any Hermite normal form of that determinant."""
+    fewest = -(-FEWEST_ATOMS // n_atoms)
+    cells = int(rng.integers(fewest, max(fewest, MOST_ATOMS // n_atoms), endpoint=True))
+    parts = [d for d in range(1, cells + 1) if cells % d == 0]
+    diagonals = [(a, b, c) for a in parts for b in parts for c in parts if a * b * c == cells]
+    forms = [((a, 0, 0), (x, b, 0), (y, z, c)) for a, b, c in diagonals for x, y, z in np.ndindex(a, a, b)]
+    return np.array(forms[rng.integers(len(forms))])
 
 
 def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
