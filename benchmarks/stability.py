@@ -46,7 +46,7 @@ from mmace.graph import Graph
 from mmace.model import MagneticMACE
 from mmace.training.batches import graph_of
 from mmace.training.restraint import Crystal as ShakenCrystal
-from mmace.training.restraint import ShakenCell, pushed_down, random_directions
+from mmace.training.restraint import ShakenCell, random_directions, walk_downhill
 
 HOLE = 0.05  # eV/atom
 CELLS_AT_ONCE = 25
@@ -235,15 +235,9 @@ def collinear(atoms: Atoms, moment: float, carriers: tuple[str, ...], rng: np.ra
 
 def lowest_on_the_way(model: MagneticMACE, starts: list[Atoms]) -> np.ndarray:
     """Lowest energy of each structure on its walk down the model's forces, eV/atom."""
-    nothing = ShakenCrystal(starts[0], 0.0, 0.0)
-    cells = [ShakenCell(atoms, atoms.positions, nothing, graph_of(atoms, model)) for atoms in starts]
-    energies = []
-    for _ in range(STEPS_DOWNHILL):
-        graph = Graph.collate([cell.graph for cell in cells])
-        found = evaluate(model, graph, forces=False, stress=False, magnetic_forces=False)
-        energies.append((found.energy / graph.counts).detach().numpy())
-        cells = pushed_down(model, cells)
-    return np.min(energies, axis=0)
+    level = ShakenCrystal(starts[0], 0.0, 0.0)
+    cells = [ShakenCell(atoms, atoms.positions, level, graph_of(atoms, model)) for atoms in starts]
+    return walk_downhill(model, cells, STEPS_DOWNHILL)[1]
 
 
 def _drawn(

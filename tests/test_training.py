@@ -334,7 +334,7 @@ def test_restraint_asks_for_rising_energies_beyond_the_labels_only(teacher, labe
 
 
 def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(teacher, labels):
-    from mmace.training.restraint import Crystal, ShakenCell, crystals_to_shake, floor_loss, pushed_down, shake
+    from mmace.training.restraint import Crystal, ShakenCell, crystals_to_shake, floor_loss, shake, walk_downhill
 
     def stiffness(kind):
         return 2.0 if kind == composition(["Fe"]) else 0.5
@@ -379,11 +379,11 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     assert max(distances) > 2.2
 
     cells = drawn()
-    lower = pushed_down(teacher, cells)
+    lower, found = walk_downhill(teacher, cells, 1)
 
     def energies(some):
         graph = Graph.collate([Graph.from_atoms(c.atoms, teacher.elements, teacher.config.cutoff) for c in some])
-        return graph.per_structure(teacher.site_energies(graph))[0].detach().numpy()
+        return (graph.per_structure(teacher.site_energies(graph))[0] / graph.counts).detach().numpy()
 
     beside = Atoms("FeAl", positions=[[0, 0, 0], [0, 0, 0.55]], cell=[9.0] * 3, pbc=True, magmoms=[0.0, 0.0])
     crystal = Crystal(beside, 0.0, 0.0)
@@ -398,6 +398,15 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     ]
     assert max(steps) == pytest.approx(0.15, abs=0.1)
     assert np.mean(energies(lower) < energies(cells)) > 0.7
+    assert found == pytest.approx(energies(lower), abs=1e-9)
+
+    def margins(some):
+        return energies(some) - [cell.floor() for cell in some]
+
+    path = [walk_downhill(teacher, cells, count)[0] for count in range(6)]
+    assert path[0] == cells
+    assert (np.diff([margins(some) for some in path], axis=0) <= 1e-12).all()
+    assert np.mean(margins(path[5]) < margins(path[1])) > 0.5
 
     def loss_at(offset):
         same = [replace(cell, crystal=crystal) for cell in cells]

@@ -32,10 +32,10 @@ from .restraint import (
     crystals_to_shake,
     floor_loss,
     make_probe,
-    pushed_down,
     restraint_loss,
     shake,
     spin_orbit_loss,
+    walk_downhill,
 )
 from .setup import initial_model
 
@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
 ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM, REPLAY_STREAM = range(5)
 
-MOST_PUSHES = 10  # steps downhill before a shaken cell is held against its floor
+LONGEST_WALK = 20  # steps of a shaken cell downhill, the lowest of which is held against its floor
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
@@ -512,9 +512,8 @@ class _StepLoss(torch.nn.Module):
             rng = np.random.default_rng(seed)
             drawn = rng.integers(len(self.crystals), size=len(labels))
             cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
-            for _ in range(rng.integers(1, MOST_PUSHES, endpoint=True)):
-                cells = pushed_down(self.model, cells)
-            loss = loss + floor_loss(self.model, cells)
+            lowest, _ = walk_downhill(self.model, cells, int(rng.integers(1, LONGEST_WALK, endpoint=True)))
+            loss = loss + floor_loss(self.model, lowest)
         return loss.double()
 
 

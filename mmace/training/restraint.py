@@ -252,28 +252,54 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
             continue
 
 
-def pushed_down(model: MagneticMACE, cells: Sequence[ShakenCell]) -> list[ShakenCell]:
-    """Cells after a step along the forces, which finds minima that should not be there sooner than chance does.
+def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) -> tuple[list[ShakenCell], np.ndarray]:
+    """Where each cell lies lowest against its floor while it walks along its forces.
+
+    A walk finds minima that should not be there sooner than chance does.
 
     Parameters
     ----------
     model : MagneticMACE
         The potential.
     cells : sequence of ShakenCell
-        From `shake`.
+        From `shake`; not changed.
+    steps : int
+        Steps of 0.15 Å of the atom with the largest force.
+
+    Returns
+    -------
+    list of ShakenCell
+        The structures that lie lowest.
+    ndarray (C,)
+        Their energies, eV/atom.
     """
-    graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
-    forces = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False).forces
-    assert forces is not None
-    found = []
-    ends = np.cumsum([len(cell.atoms) for cell in cells])[:-1]
-    for cell, own in zip(cells, np.split(forces.detach().cpu().double().numpy(), ends), strict=True):
-        longest = np.linalg.norm(own, axis=1).max()
-        try:
-            found.append(cell.moved(PUSH * own / max(longest, SMALLEST_FORCE), model))
-        except StructureError:
-            found.append(cell)
-    return found
+    now, lowest = list(cells), list(cells)
+    margin = energy = np.full(len(now), np.inf)
+    ends = np.cumsum([len(cell.atoms) for cell in now])[:-1]
+    for step in range(steps + 1):
+        graph = Graph.collate([cell.graph for cell in now]).to(model.device)
+        found = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False)
+        assert found.forces is not None
+        energies = (found.energy / graph.counts).detach().cpu().double().numpy()
+        margins = energies - np.array([cell.floor() for cell in now])
+        lower = margins < margin
+        lowest = [new if better else old for new, old, better in zip(now, lowest, lower, strict=True)]
+        margin, energy = np.where(lower, margins, margin), np.where(lower, energies, energy)
+        if step < steps:
+            now = [
+                _pushed(cell, own, model)
+                for cell, own in zip(now, np.split(found.forces.detach().cpu().double().numpy(), ends), strict=True)
+            ]
+    return lowest, energy
+
+
+def _pushed(cell: ShakenCell, forces: np.ndarray, model: MagneticMACE) -> ShakenCell:
+    """The cell after a step along its forces, or itself where atoms would overlap."""
+    longest = np.linalg.norm(forces, axis=1).max()
+    try:
+        return cell.moved(PUSH * forces / max(longest, SMALLEST_FORCE), model)
+    except StructureError:
+        return cell
 
 
 def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor:
@@ -284,7 +310,7 @@ def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor
     model : MagneticMACE
         The potential.
     cells : sequence of ShakenCell
-        From `shake`.
+        From `shake` or `walk_downhill`.
     """
     graph = Graph.collate([cell.graph for cell in cells]).to(model.device)
     floors = torch.tensor([cell.floor() for cell in cells], dtype=torch.float64, device=model.device)
