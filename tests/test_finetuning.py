@@ -127,6 +127,7 @@ def test_validation_chooses_when_the_shipped_models_are_tuned():
         recipe = finetune_recipe(read_metadata(file))
         assert recipe.keep == "best"
         assert recipe.least_stiffness == Recipe().least_stiffness
+        assert recipe.shake_weight == 1.0
 
 
 def test_moments_on_elements_without_moments_are_refused(labels):

@@ -339,16 +339,21 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
     def stiffness(kind):
         return 2.0 if kind == composition(["Fe"]) else 0.5
 
+    def weight(kind):
+        return 2 * stiffness(kind)
+
     ground = floor_energies(labels["train"], stiffness)
-    crystals = crystals_to_shake(labels["train"], stiffness)
+    crystals = crystals_to_shake(labels["train"], stiffness, weight)
     molecule = replace(next(x for x in labels["train"] if x.anisotropy_group is None), pbc=(False, False, False))
-    assert crystals_to_shake([molecule], stiffness) == []
+    assert crystals_to_shake([molecule], stiffness, weight) == []
     quiet = [x for x in labels["train"] if x.anisotropy_group is None and not (np.abs(x.forces) > 0.5).any()]
     assert len(crystals) == len(quiet) > 0
     pushed = replace(quiet[0], forces=np.full((len(quiet[0]), 3), 0.6))
-    assert crystals_to_shake([pushed], stiffness) == []
+    assert crystals_to_shake([pushed], stiffness, weight) == []
     kinds = [composition(x.symbols) for x in quiet]
-    assert [(c.ground, c.stiffness) for c in crystals] == [(ground[kind], stiffness(kind)) for kind in kinds]
+    assert [(c.ground, c.stiffness, c.weight) for c in crystals] == [
+        (ground[kind], stiffness(kind), weight(kind)) for kind in kinds
+    ]
     assert {c.stiffness for c in crystals} == {0.5, 2.0}
 
     def drawn(seed=3):
@@ -548,10 +553,30 @@ def test_floor_leaves_room_for_what_the_lowest_label_can_still_release(labels):
     assert floor_energies([unknown], of_this_kind) == {kind: pytest.approx(held.energy / 3)}
 
 
-def test_stiffness_of_each_formula():
-    assert recipe(least_stiffness=2.0).stiffness_of(composition(["Fe", "Al"])) == 2.0
-    given = recipe(least_stiffness={"Fe": 4.0, "Fe2Cr2": 3.0, "others": 1.5})
-    assert [given.stiffness_of(composition(x)) for x in (["Fe"], ["Cr", "Fe"], ["Fe", "Al"])] == [4.0, 3.0, 1.5]
+def test_crystals_are_shaken_as_often_as_their_weights_say(labels, tmp_path, monkeypatch):
+    from mmace.training import loop
+
+    drawn = []
+
+    def shake(crystal, model, rng):
+        drawn.append(crystal.atoms)
+        return original(crystal, model, rng)
+
+    original = loop.shake
+    monkeypatch.setattr(loop, "shake", shake)
+    train(labels["train"], labels["valid"], recipe(shake_weight={"FeAl": 99.0, "others": 1.0}), tmp_path / "run")
+    iron_aluminium = [len(set(atoms.symbols)) == 2 and len(atoms) == 2 for atoms in drawn]
+    assert len(drawn) >= 16
+    assert np.mean(iron_aluminium) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("least_stiffness", Recipe.stiffness_of), ("shake_weight", Recipe.shake_weight_of)]
+)
+def test_settings_of_each_formula(name, read):
+    assert read(recipe(**{name: 2.0}), composition(["Fe", "Al"])) == 2.0
+    given = recipe(**{name: {"Fe": 4.0, "Fe2Cr2": 3.0, "others": 1.5}})
+    assert [read(given, composition(x)) for x in (["Fe"], ["Cr", "Fe"], ["Fe", "Al"])] == [4.0, 3.0, 1.5]
 
 
 def test_training_lowers_the_loss_and_leaves_the_labels_alone(labels, tmp_path):
@@ -786,6 +811,7 @@ def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         ({"tolerances": {"energy": 0.0}}, "energy is 0.0: it must be above 0"),
         ({"learning_rate": -1}, "learning_rate is -1: it must be above 0"),
         ({"least_stiffness": 0}, "least_stiffness is 0: give a number above 0"),
+        ({"shake_weight": -1.0}, "shake_weight is -1.0: give a number above 0"),
         ({"least_stiffness": [1.0]}, r"least_stiffness is \[1.0\]: give a number above 0"),
         ({"least_stiffness": {"Al": "soft", "others": 1}}, "least_stiffness is 'soft': give a number above 0"),
         ({"least_stiffness": {"Al": 1.5}}, "least_stiffness has no 'others'"),

@@ -42,6 +42,7 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
         validate_every=1,
         keep="best",
         least_stiffness=Recipe.least_stiffness,
+        shake_weight=Recipe.shake_weight,
     )
 
 

@@ -235,7 +235,7 @@ class _Run:
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
         known_labels = [*train_labels, *(() if start is None else start.replay)] if recipe.restrain_every else []
-        crystals = crystals_to_shake(known_labels, recipe.stiffness_of)
+        crystals = crystals_to_shake(known_labels, recipe.stiffness_of, recipe.shake_weight_of)
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
@@ -510,7 +510,8 @@ class _StepLoss(torch.nn.Module):
             loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
         if self.crystals:
             rng = np.random.default_rng(seed)
-            drawn = rng.integers(len(self.crystals), size=len(labels))
+            weights = np.array([crystal.weight for crystal in self.crystals])
+            drawn = rng.choice(len(weights), size=len(labels), p=weights / weights.sum())
             cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
             lowest, _ = walk_downhill(self.model, cells, int(rng.integers(1, LONGEST_WALK, endpoint=True)))
             loss = loss + floor_loss(self.model, lowest)

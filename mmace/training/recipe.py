@@ -111,6 +111,9 @@ class Recipe:
         Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least, one for all or one for each
         formula and one for the `others`; below that of the softest mode, since the displaced atoms are pushed downhill
         first.
+    shake_weight : float or mapping of str to float
+        How often a crystal is displaced at random against others, one number or one for each formula and one for the
+        `others`: more where the surface still falls below that floor.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -134,6 +137,7 @@ class Recipe:
     validate_every: int = 5
     restrain_every: int = 2
     least_stiffness: float | Mapping[str, float] = 0.5
+    shake_weight: float | Mapping[str, float] = 1.0
     keep: str = "best"
     patience: int = 200
     dtype: str = "float64"
@@ -161,23 +165,16 @@ class Recipe:
                 )
         if not 0.0 <= self.ema < 1.0:
             raise RecipeError(f"the recipe's ema is {self.ema}: it must be at least 0 and below 1.")
-        least = self.least_stiffness
-        if isinstance(least, Mapping) and REST not in least:
-            raise RecipeError(f"the recipe's least_stiffness has no {REST!r}: give the number for all other formulas.")
-        for key, value in least.items() if isinstance(least, Mapping) else ((REST, least),):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0.0:
-                raise RecipeError(
-                    f"the recipe's least_stiffness is {value!r}: give a number above 0, or one for each formula."
-                )
-            if key != REST and not _composition_of(key):
-                raise RecipeError(f"the recipe's least_stiffness has {key!r}: give formulas such as FeAl, or {REST!r}.")
+        for name in ("least_stiffness", "shake_weight"):
+            _check_formulas(name, getattr(self, name))
 
     def stiffness_of(self, kind: Composition) -> float:
         """`least_stiffness` of a composition, eV/Å²."""
-        least = self.least_stiffness
-        if not isinstance(least, Mapping):
-            return least
-        return next((value for key, value in least.items() if _composition_of(key) == kind), least[REST])
+        return _of_formula(self.least_stiffness, kind)
+
+    def shake_weight_of(self, kind: Composition) -> float:
+        """`shake_weight` of a composition."""
+        return _of_formula(self.shake_weight, kind)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -229,6 +226,24 @@ def _composition_of(formula: str) -> Composition:
         return composition(Formula(formula))
     except ValueError:
         return frozenset()
+
+
+def _of_formula(setting: float | Mapping[str, float], kind: Composition) -> float:
+    """Number of a setting that has one for all compositions or one for each formula."""
+    if not isinstance(setting, Mapping):
+        return setting
+    return next((value for key, value in setting.items() if _composition_of(key) == kind), setting[REST])
+
+
+def _check_formulas(name: str, setting: Any) -> None:
+    """Raise unless a setting is a number above 0, or one for each formula and one for the others."""
+    if isinstance(setting, Mapping) and REST not in setting:
+        raise RecipeError(f"the recipe's {name} has no {REST!r}: give the number for all other formulas.")
+    for key, value in setting.items() if isinstance(setting, Mapping) else ((REST, setting),):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0.0:
+            raise RecipeError(f"the recipe's {name} is {value!r}: give a number above 0, or one for each formula.")
+        if key != REST and not _composition_of(key):
+            raise RecipeError(f"the recipe's {name} has {key!r}: give formulas such as FeAl, or {REST!r}.")
 
 
 def _check_types(settings: Any, what: str) -> None:

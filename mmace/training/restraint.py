@@ -137,11 +137,14 @@ class Crystal:
         What its composition lies above at least, from `floor_energies`, eV/atom.
     stiffness : float
         Least curvature of the energy in the displacement of an atom, eV/Å².
+    weight : float
+        How often it is shaken against others.
     """
 
     atoms: Atoms
     ground: float
     stiffness: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,11 @@ def floor_energies(
     return {key: label.energy / len(label) - _release(label, stiffness(key)) for key, label in lowest.items()}
 
 
-def crystals_to_shake(labels: Sequence[LabelledStructure], stiffness: Callable[[Composition], float]) -> list[Crystal]:
+def crystals_to_shake(
+    labels: Sequence[LabelledStructure],
+    stiffness: Callable[[Composition], float],
+    weight: Callable[[Composition], float],
+) -> list[Crystal]:
     """Crystals among the labels that have an energy of their own, but for those whose forces show displaced atoms.
 
     Parameters
@@ -205,6 +212,8 @@ def crystals_to_shake(labels: Sequence[LabelledStructure], stiffness: Callable[[
         Training labels.
     stiffness : callable
         Least curvature of the energy in the displacement of an atom, eV/Å², of a composition.
+    weight : callable
+        How often crystals of a composition are shaken against others.
     """
     ground = floor_energies(labels, stiffness)
     crystals = []
@@ -214,7 +223,7 @@ def crystals_to_shake(labels: Sequence[LabelledStructure], stiffness: Callable[[
         atoms = label.atoms()
         if label.anisotropy_group is not None or kind not in ground or displaced or not atoms.pbc.all():
             continue
-        crystals.append(Crystal(atoms, ground[kind], stiffness(kind)))
+        crystals.append(Crystal(atoms, ground[kind], stiffness(kind), weight(kind)))
     return crystals
 
 
