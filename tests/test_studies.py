@@ -155,7 +155,7 @@ def test_walks_start_collinear_and_end_low() -> None:
     crystal = stability.labelled_crystals("FeAl")["B2 FeAl"]
     carriers = calculator.models[0].config.carriers
     rng = np.random.default_rng(1)
-    cells = [stability.perturbed(crystal.atoms, stability.BEFORE_WALKS, calculator, rng) for _ in range(6)]
+    cells = [stability.perturbed(crystal.atoms, stability.WALK_STARTS, calculator, rng) for _ in range(6)]
     starts = [stability.collinear(cell, crystal.moment, carriers, rng) for cell in cells]
     moments = np.array([start.get_initial_magnetic_moments() for start in starts])
     iron = np.array(list(crystal.atoms.symbols)) == "Fe"
@@ -176,6 +176,26 @@ def test_walks_start_collinear_and_end_low() -> None:
     gain = energies(starts) - stability.lowest_on_the_way(calculator.models[0], starts)
     assert gain.min() > 0
     assert gain == pytest.approx(energies(starts) - energies(ideal), abs=0.05)
+
+
+def test_walks_are_counted_by_member_against_the_stable_crystal(monkeypatch) -> None:
+    monkeypatch.setattr(stability, "CELLS_AT_ONCE", 2)
+    monkeypatch.setattr(stability, "STEPS_DOWNHILL", 1)
+    calculator = MMACECalculator("default", soc=False)
+    crystals = {"hcp Fe": stability.other_crystals("FeAl")["hcp Fe"]}
+    seen = []
+
+    def lowest(model, starts):
+        seen.append((model, len(starts)))
+        return np.full(len(starts), -8.0 - 0.06 * calculator.models.index(model))
+
+    monkeypatch.setattr(stability, "lowest_on_the_way", lowest)
+    found = stability.walks_downhill(crystals, {"bcc Fe": -8.0, "hcp Fe": -7.0}, calculator, 3)["hcp Fe"]
+    assert [(calculator.models.index(model), count) for model, count in seen] == [
+        (k, n) for k in range(4) for n in (2, 1)
+    ]
+    assert (found["cells"], found["members"], found["holes"], found["not_finite"]) == (3, 4, 9, 0)
+    assert found["lowest_above_ground_state_eV_per_atom"] == pytest.approx(-0.18)
 
 
 def test_one_number_that_is_not_finite_marks_its_structure() -> None:

@@ -24,6 +24,8 @@ SHIFT_PRIOR = 1e-3  # keeps the shift of elements that no label determines at ze
 def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
     """Recipe of a model's training, ten times slower, shorter and less patient; validation chooses the weights.
 
+    The floor under shaken crystals is the general one: that of the model's training was chosen for its own crystals.
+
     Parameters
     ----------
     notes : mapping

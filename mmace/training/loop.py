@@ -27,6 +27,7 @@ from .evaluate import Prediction, errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
 from .recipe import Recipe
 from .restraint import (
+    LONGEST_WALK,
     Crystal,
     Probe,
     crystals_to_shake,
@@ -43,7 +44,6 @@ CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
 ORDER_STREAM, LABEL_STREAM, GROUP_STREAM, RESTRAINT_STREAM, REPLAY_STREAM = range(5)
 
-LONGEST_WALK = 20  # steps of a shaken cell downhill, the lowest of which is held against its floor
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
@@ -513,8 +513,9 @@ class _StepLoss(torch.nn.Module):
             weights = np.array([crystal.weight for crystal in self.crystals])
             drawn = rng.choice(len(weights), size=len(labels), p=weights / weights.sum())
             cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
-            lowest, _ = walk_downhill(self.model, cells, int(rng.integers(1, LONGEST_WALK, endpoint=True)))
-            loss = loss + floor_loss(self.model, lowest)
+            # Many walks fall within a few steps: shorter ones at random halve the cost.
+            steps = int(rng.integers(1, LONGEST_WALK, endpoint=True))
+            loss = loss + floor_loss(self.model, walk_downhill(self.model, cells, steps))
         return loss.double()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -109,11 +110,11 @@ class Recipe:
         Steps between those that restrain the surface beyond the labels; 0 never does.
     least_stiffness : float or mapping of str to float
         Curvature in eV/Å² by which the energy of randomly displaced atoms rises at least, one for all or one for each
-        formula and one for the `others`; below that of the softest mode, since the displaced atoms are pushed downhill
-        first.
+        formula and one for the `others`; below that of the softest mode at the zone boundary, since the lowest point
+        of a walk downhill is held.
     shake_weight : float or mapping of str to float
-        How often a crystal is displaced at random against others, one number or one for each formula and one for the
-        `others`: more where the surface still falls below that floor.
+        Chance of each labelled crystal to be the one displaced, relative to others, one number or one for each formula
+        and one for the `others`: more where the surface still falls below that floor.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -240,7 +241,7 @@ def _check_formulas(name: str, setting: Any) -> None:
     if isinstance(setting, Mapping) and REST not in setting:
         raise RecipeError(f"the recipe's {name} has no {REST!r}: give the number for all other formulas.")
     for key, value in setting.items() if isinstance(setting, Mapping) else ((REST, setting),):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0.0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
             raise RecipeError(f"the recipe's {name} is {value!r}: give a number above 0, or one for each formula.")
         if key != REST and not _composition_of(key):
             raise RecipeError(f"the recipe's {name} has {key!r}: give formulas such as FeAl, or {REST!r}.")

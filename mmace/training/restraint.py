@@ -31,12 +31,13 @@ TENSION_TOLERANCE = 0.02  # eV/atom, dE/dlnV
 LONGEST_MOMENT = 1.3  # of M_z
 LARGEST_EXPANSION = 0.5  # of lengths
 FLOOR_TOLERANCE = 0.02  # eV/atom
-HIGHEST_FLOOR = 0.15  # eV/atom above the ground
+HIGHEST_FLOOR = 0.15  # eV/atom above the ground, where a walk may have reached another crystal
 LARGEST_DISPLACEMENT = 0.4  # Å
 LONGEST_PAIR, CLOSEST_PAIR = 3.5, 0.8  # Å
 LARGEST_FORCE = 0.5  # eV/Å
 LARGEST_COMPRESSION, LARGEST_EXPANSION_OF_SHAKEN = 0.35, 0.2  # of the volume
 PUSH = 0.15  # Å
+LONGEST_WALK = 20  # steps
 SMALLEST_FORCE = 1e-3  # eV/Å
 LONGEST_SHAKEN_MOMENT = 1.5  # of M_z
 FEWEST_ATOMS, MOST_ATOMS = 4, 8
@@ -138,7 +139,7 @@ class Crystal:
     stiffness : float
         Least curvature of the energy in the displacement of an atom, eV/Å².
     weight : float
-        How often it is shaken against others.
+        Chance of being drawn, relative to the other crystals.
     """
 
     atoms: Atoms
@@ -213,7 +214,7 @@ def crystals_to_shake(
     stiffness : callable
         Least curvature of the energy in the displacement of an atom, eV/Å², of a composition.
     weight : callable
-        How often crystals of a composition are shaken against others.
+        Chance of being drawn of each crystal of a composition, relative to others.
     """
     ground = floor_energies(labels, stiffness)
     crystals = []
@@ -230,8 +231,8 @@ def crystals_to_shake(
 def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> ShakenCell:
     """Displace all atoms or bring two neighbours together, change the volume and, in half of the cases, all moments.
 
-    The crystal is first repeated to four to eight atoms in a supercell of any shape, so that neighbouring cells move
-    against each other with wave vectors from the whole zone boundary.
+    Crystals of less than eight atoms are first repeated to a supercell, so that neighbouring cells move against each
+    other with wave vectors from the zone boundary.
 
     Parameters
     ----------
@@ -261,10 +262,11 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
             continue
 
 
-def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) -> tuple[list[ShakenCell], np.ndarray]:
+def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) -> list[ShakenCell]:
     """Where each cell lies lowest against its floor while it walks along its forces.
 
-    A walk finds minima that should not be there sooner than chance does.
+    A walk finds minima that should not be there sooner than chance does. It stands still where the next step would
+    bring atoms on top of each other, and a cell without a finite energy counts as the lowest.
 
     Parameters
     ----------
@@ -274,32 +276,22 @@ def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) 
         From `shake`; not changed.
     steps : int
         Steps of 0.15 Å of the atom with the largest force.
-
-    Returns
-    -------
-    list of ShakenCell
-        The structures that lie lowest.
-    ndarray (C,)
-        Their energies, eV/atom.
     """
     now, lowest = list(cells), list(cells)
-    margin = energy = np.full(len(now), np.inf)
+    margin = np.full(len(now), np.inf)
     ends = np.cumsum([len(cell.atoms) for cell in now])[:-1]
     for step in range(steps + 1):
         graph = Graph.collate([cell.graph for cell in now]).to(model.device)
-        found = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False)
-        assert found.forces is not None
+        found = evaluate(model, graph, forces=step < steps, stress=False, magnetic_forces=False)
         energies = (found.energy / graph.counts).detach().cpu().double().numpy()
         margins = energies - np.array([cell.floor() for cell in now])
-        lower = margins < margin
+        lower = np.isnan(margins) | (margins < margin)
         lowest = [new if better else old for new, old, better in zip(now, lowest, lower, strict=True)]
-        margin, energy = np.where(lower, margins, margin), np.where(lower, energies, energy)
-        if step < steps:
-            now = [
-                _pushed(cell, own, model)
-                for cell, own in zip(now, np.split(found.forces.detach().cpu().double().numpy(), ends), strict=True)
-            ]
-    return lowest, energy
+        margin = np.where(lower, margins, margin)
+        if found.forces is not None:
+            forces = np.split(found.forces.detach().cpu().double().numpy(), ends)
+            now = [_pushed(cell, own, model) for cell, own in zip(now, forces, strict=True)]
+    return lowest
 
 
 def _pushed(cell: ShakenCell, forces: np.ndarray, model: MagneticMACE) -> ShakenCell:
@@ -365,13 +357,18 @@ def _penalty(x: torch.Tensor) -> torch.Tensor:
 
 
 def _repetition(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
-    """Supercell of 4 to 8 atoms where that can be: any number of cells, any Hermite normal form of that determinant."""
-    fewest = -(-FEWEST_ATOMS // n_atoms)
-    cells = int(rng.integers(fewest, max(fewest, MOST_ATOMS // n_atoms), endpoint=True))
-    parts = [d for d in range(1, cells + 1) if cells % d == 0]
+    """Supercell of four to eight atoms, or of one cell where that is larger, with zone-boundary modes alone.
+
+    Twice each lattice vector is a vector of the supercell then. Waves that are longer, in supercells of more cells in a
+    row, may be softer than any stiffness that holds at the boundary.
+    """
+    sizes = [n for n in (1, 2, 4, 8) if FEWEST_ATOMS <= n * n_atoms <= MOST_ATOMS] or [1]
+    cells = int(rng.choice(sizes))
+    parts = [d for d in (1, 2) if cells % d == 0]
     diagonals = [(a, b, c) for a in parts for b in parts for c in parts if a * b * c == cells]
-    forms = [((a, 0, 0), (x, b, 0), (y, z, c)) for a, b, c in diagonals for x, y, z in np.ndindex(a, a, b)]
-    return np.array(forms[rng.integers(len(forms))])
+    forms = [np.array(((a, 0, 0), (x, b, 0), (y, z, c))) for a, b, c in diagonals for x, y, z in np.ndindex(a, a, b)]
+    doubling = [form for form in forms if np.allclose(2 * np.linalg.inv(form) % 1, 0)]
+    return doubling[rng.integers(len(doubling))]
 
 
 def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
