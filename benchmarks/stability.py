@@ -9,10 +9,10 @@ and adds crystals that no label has. Every member of the committee sees the same
 puts more than 50 meV/atom below the ground state, which is the lowest energy of the stable crystal of the composition
 over volumes and collinear orders, or of the crystal itself where the composition has no other.
 
-Walks downhill look for holes that chance does not find: from cells within ±10 % of volume, 0.4 Å and collinear moments
-of the crystal's own length, half of them ferromagnetic, the others with signs at random, each member takes 30 steps of
-0.15 Å along its own forces. A walk has a hole where its lowest energy is one. Training holds up such walks too, from
-cells of its own and with 20 steps at most.
+Walks downhill look for holes that chance does not find. They start from primitive cells that are doubled and shaken as
+training does it (`mmace.training.restraint.shake`), with collinear moments of the crystal's own length, half of the
+time ferromagnetic, else with signs at random; each member takes 50 steps of up to 0.15 Å along its own forces. A walk
+has a hole where its lowest energy is one. Training holds up such walks, from cells of its own, with 20 steps at most.
 
 Dynamics are 20 ps of the first member, or with `--mean` of the committee's mean as the calculator gives it, with a
 Langevin thermostat at 300 K and 1,000 K, moments held. Displacements and
@@ -38,6 +38,7 @@ from ase.constraints import FixCom
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from rich.progress import track
+from spglib import find_primitive
 
 from mmace.calculator import MMACECalculator
 from mmace.derivatives import Evaluation, evaluate
@@ -47,11 +48,11 @@ from mmace.graph import Graph
 from mmace.model import MagneticMACE
 from mmace.training.batches import graph_of
 from mmace.training.restraint import Crystal as ShakenCrystal
-from mmace.training.restraint import ShakenCell, random_directions, walk_downhill
+from mmace.training.restraint import ShakenCell, random_directions, shake, walk_downhill
 
 HOLE = 0.05  # eV/atom
 CELLS_AT_ONCE = 25
-STEPS_DOWNHILL = 30
+STEPS_DOWNHILL = 50
 TIME_STEP = 2.0  # fs
 PICOSECOND = 500  # steps
 FRICTION = 0.01 / units.fs
@@ -80,7 +81,6 @@ class Ranges:
 
 ASKED = Ranges(0.2, 0.2, 0.4, 1.5)
 HARDER = Ranges(0.35, 0.4, 0.6, 1.5)
-WALK_STARTS = Ranges(0.1, 0.1, 0.4, 0.0)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,10 @@ def walks_downhill(
     result = {}
     for name, crystal in crystals.items():
         rng = np.random.default_rng(seed)
-        cells = (perturbed(crystal.atoms, WALK_STARTS, calculator, rng) for _ in range(count))
-        starts = [collinear(cell, crystal.moment, calculator.models[0].config.carriers, rng) for cell in cells]
+        first = calculator.models[0]
+        level = ShakenCrystal(primitive(crystal.atoms), ground=0.0, stiffness=0.0)
+        cells = (shake(level, first, rng).atoms for _ in range(count))
+        starts = [collinear(cell, crystal.moment, first.config.carriers, rng) for cell in cells]
         lowest = np.empty((len(calculator.models), count))
         batches = [range(k, min(k + CELLS_AT_ONCE, count)) for k in range(0, count, CELLS_AT_ONCE)]
         for member, k in track(list(np.ndindex(len(lowest), len(batches))), f"{name}, walks downhill"):
@@ -224,6 +226,14 @@ def walks_downhill(
         above = lowest - grounds[crystal.stable or name]
         result[name] = _counts(above, np.isfinite(above))
     return result
+
+
+def primitive(atoms: Atoms) -> Atoms:
+    """Primitive cell of a crystal, without moments."""
+    found = find_primitive((atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers))
+    assert found is not None
+    cell, positions, numbers = found
+    return Atoms(numbers, cell=cell, scaled_positions=positions, pbc=True, magmoms=np.zeros((len(numbers), 3)))
 
 
 def collinear(atoms: Atoms, moment: float, carriers: tuple[str, ...], rng: np.random.Generator) -> Atoms:

@@ -155,7 +155,8 @@ def test_walks_start_collinear_and_end_low() -> None:
     crystal = stability.labelled_crystals("FeAl")["B2 FeAl"]
     carriers = calculator.models[0].config.carriers
     rng = np.random.default_rng(1)
-    cells = [stability.perturbed(crystal.atoms, stability.WALK_STARTS, calculator, rng) for _ in range(6)]
+    ranges = stability.Ranges(0.1, 0.1, 0.4, 0.0)
+    cells = [stability.perturbed(crystal.atoms, ranges, calculator, rng) for _ in range(6)]
     starts = [stability.collinear(cell, crystal.moment, carriers, rng) for cell in cells]
     moments = np.array([start.get_initial_magnetic_moments() for start in starts])
     iron = np.array(list(crystal.atoms.symbols)) == "Fe"
@@ -178,6 +179,16 @@ def test_walks_start_collinear_and_end_low() -> None:
     assert gain == pytest.approx(energies(starts) - energies(ideal), abs=0.05)
 
 
+def test_walks_start_from_primitive_cells() -> None:
+    crystals = stability.labelled_crystals("FeAl") | stability.labelled_crystals("CrN")
+    found = {name: stability.primitive(crystal.atoms) for name, crystal in crystals.items()}
+    sizes = {"bcc Fe": 1, "B2 FeAl": 2, "DO3 Fe3Al": 4, "rocksalt CrN": 2, "bcc Cr": 1}
+    assert {name: len(atoms) for name, atoms in found.items()} == sizes
+    for name, atoms in found.items():
+        whole = crystals[name].atoms
+        assert atoms.get_volume() / len(atoms) == pytest.approx(whole.get_volume() / len(whole))
+
+
 def test_walks_are_counted_by_member_against_the_stable_crystal(monkeypatch) -> None:
     monkeypatch.setattr(stability, "CELLS_AT_ONCE", 2)
     monkeypatch.setattr(stability, "STEPS_DOWNHILL", 1)
@@ -187,6 +198,8 @@ def test_walks_are_counted_by_member_against_the_stable_crystal(monkeypatch) -> 
 
     def lowest(model, starts):
         seen.append((model, len(starts)))
+        assert {len(atoms) for atoms in starts} <= {4, 8}
+        assert {abs(m[2]) for atoms in starts for m in atoms.get_initial_magnetic_moments()} == {2.2}
         return np.full(len(starts), -8.0 - 0.06 * calculator.models.index(model))
 
     monkeypatch.setattr(stability, "lowest_on_the_way", lowest)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, make_supercell
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from ase.units import GPa
@@ -361,7 +361,7 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         return [shake(c, teacher, rng) for c in crystals]
 
     harmonics = []
-    for crystal, cell in zip(crystals * 5, [cell for seed in range(5) for cell in drawn(seed)], strict=True):
+    for crystal, cell in zip(crystals * 20, [cell for seed in range(20) for cell in drawn(seed)], strict=True):
         assert 4 <= len(cell.atoms) <= 8
         cells, rest = divmod(len(cell.atoms), len(crystal.atoms))
         assert rest == 0
@@ -402,7 +402,7 @@ def test_shaken_crystals_lie_above_the_ground_energy_and_the_floor_is_one_sided(
         np.linalg.norm(a.atoms.positions - b.atoms.positions, axis=1).max() for a, b in zip(lower, cells, strict=True)
     ]
     assert {round(step, 6) for step in steps} <= {0.0, 0.15}
-    assert np.mean(energies(lower) < energies(cells)) > 0.7
+    assert np.mean(energies(lower) < energies(cells)) > 0.5
 
     def margins(some):
         return energies(some) - [cell.floor() for cell in some]
@@ -458,6 +458,33 @@ def test_sizes_of_shaken_supercells(atoms, allowed):
 
     rng = np.random.default_rng(1)
     assert {round(np.linalg.det(_repetition(atoms, rng))) * atoms for _ in range(40)} == allowed
+
+
+def test_frozen_waves_alternate_between_cells():
+    from mmace.training.restraint import _repetition, _wave
+
+    primitive = bulk("CrN", "rocksalt", a=4.15)
+    rng = np.random.default_rng(2)
+    seen = set()
+    for _ in range(300):
+        repetition = _repetition(2, rng)
+        atoms = make_supercell(primitive, repetition)
+        wave = _wave(repetition, 2, rng).reshape(-1, 2, 3)
+        signs = np.sign(wave[:, 0, 0] * wave[0, 0, 0])
+        assert wave == pytest.approx(signs[:, None, None] * wave[0])
+        assert signs.sum() == 0
+        assert np.linalg.norm(wave, axis=2).max() <= 0.6
+
+        def sign(step, atoms=atoms, signs=signs):
+            apart = atoms.positions[::2] - atoms.positions[0] - step @ primitive.cell.array
+            inside = np.linalg.solve(atoms.cell.array.T, apart.T).T
+            (cell,) = np.flatnonzero(np.abs(inside - inside.round()).max(1) < 1e-9)
+            return signs[cell]
+
+        first, second = rng.integers(-3, 4, (2, 3))
+        assert sign(first + second) == sign(first) * sign(second)
+        seen.add(tuple(sign(step) for step in np.eye(3)))
+    assert len(seen) == 7
 
 
 def test_a_cell_without_a_finite_energy_is_the_lowest_of_its_walk(teacher, labels):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import make_supercell
+from ase.build.supercells import lattice_points_in_supercell
 from matscipy.neighbours import neighbour_list
 
 from ..data import Composition, LabelledStructure, composition
@@ -33,10 +34,12 @@ LARGEST_EXPANSION = 0.5  # of lengths
 FLOOR_TOLERANCE = 0.02  # eV/atom
 HIGHEST_FLOOR = 0.15  # eV/atom above the ground, where a walk may have reached another crystal
 LARGEST_DISPLACEMENT = 0.4  # Å
+HIGHEST_WAVE = 0.6  # Å
 LONGEST_PAIR, CLOSEST_PAIR = 3.5, 0.8  # Å
 LARGEST_FORCE = 0.5  # eV/Å
 LARGEST_COMPRESSION, LARGEST_EXPANSION_OF_SHAKEN = 0.35, 0.2  # of the volume
 PUSH = 0.15  # Å
+LONGER, SHORTER = 1.2, 0.5
 LONGEST_WALK = 20  # steps
 SMALLEST_FORCE = 1e-3  # eV/Å
 LONGEST_SHAKEN_MOMENT = 1.5  # of M_z
@@ -229,7 +232,9 @@ def crystals_to_shake(
 
 
 def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> ShakenCell:
-    """Displace all atoms or bring two neighbours together, change the volume and, in half of the cases, all moments.
+    """Displace all atoms, bring two neighbours together or freeze in a wave; half of the time change the volume too.
+
+    Half of the cells with another volume also get other moments.
 
     Crystals of less than eight atoms are first repeated to a supercell, so that neighbouring cells move against each
     other with wave vectors from the zone boundary.
@@ -245,16 +250,25 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
     """
     config = model.config
     while True:
-        atoms = make_supercell(crystal.atoms, _repetition(len(crystal.atoms), rng))
+        repetition = _repetition(len(crystal.atoms), rng)
+        atoms = make_supercell(crystal.atoms, repetition)
         n_atoms = len(atoms)
-        volume = rng.uniform(1.0 - LARGEST_COMPRESSION, 1.0 + LARGEST_EXPANSION_OF_SHAKEN)
-        atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
-        if rng.random() < 0.5:
+        as_labelled = rng.random() < 0.5
+        if not as_labelled:
+            volume = rng.uniform(1.0 - LARGEST_COMPRESSION, 1.0 + LARGEST_EXPANSION_OF_SHAKEN)
+            atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
+        if not as_labelled and rng.random() < 0.5:
             longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
             lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
             atoms.set_initial_magnetic_moments(lengths[:, None] * random_directions(n_atoms, rng))
         sites = atoms.positions.copy()
-        displacement = _approach(atoms, rng) if rng.random() < 0.5 else _everywhere(n_atoms, rng)
+        kind = rng.integers(3)
+        if kind == 0:
+            displacement = _approach(atoms, rng)
+        elif kind == 1:
+            displacement = _everywhere(n_atoms, rng)
+        else:
+            displacement = _wave(repetition, len(crystal.atoms), rng)
         atoms.positions += displacement - displacement.mean(0)
         try:
             return ShakenCell(atoms, sites, crystal, graph_of(atoms, model))
@@ -265,8 +279,9 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
 def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) -> list[ShakenCell]:
     """Where each cell lies lowest against its floor while it walks along its forces.
 
-    A walk finds minima that should not be there sooner than chance does. It stands still where the next step would
-    bring atoms on top of each other, and a cell without a finite energy counts as the lowest.
+    A walk finds minima that should not be there sooner than chance does. A step that leads up is taken back and the
+    next one halved, so that walks end in narrow minima instead of leaping from wall to wall. Steps that would bring
+    atoms on top of each other count as leading up; a cell without a finite energy counts as the lowest.
 
     Parameters
     ----------
@@ -275,30 +290,38 @@ def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) 
     cells : sequence of ShakenCell
         From `shake`; not changed.
     steps : int
-        Steps of 0.15 Å of the atom with the largest force.
+        Steps of at most 0.15 Å of the atom with the largest force.
     """
-    now, lowest = list(cells), list(cells)
-    margin = np.full(len(now), np.inf)
-    ends = np.cumsum([len(cell.atoms) for cell in now])[:-1]
-    for step in range(steps + 1):
-        graph = Graph.collate([cell.graph for cell in now]).to(model.device)
-        found = evaluate(model, graph, forces=step < steps, stress=False, magnetic_forces=False)
-        energies = (found.energy / graph.counts).detach().cpu().double().numpy()
-        margins = energies - np.array([cell.floor() for cell in now])
-        lower = np.isnan(margins) | (margins < margin)
-        lowest = [new if better else old for new, old, better in zip(now, lowest, lower, strict=True)]
-        margin = np.where(lower, margins, margin)
-        if found.forces is not None:
-            forces = np.split(found.forces.detach().cpu().double().numpy(), ends)
-            now = [_pushed(cell, own, model) for cell, own in zip(now, forces, strict=True)]
+    tried, stands, lowest = list(cells), list(cells), list(cells)
+    energy, margin, reach = np.full((3, len(cells)), np.inf)
+    forces = [np.zeros_like(cell.sites) for cell in cells]
+    ends = np.cumsum([len(cell.atoms) for cell in cells])[:-1]
+    for _ in range(steps + 1):
+        graph = Graph.collate([cell.graph for cell in tried]).to(model.device)
+        found = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False)
+        assert found.forces is not None
+        new_energy = (found.energy / graph.counts).detach().cpu().double().numpy()
+        new_forces = np.split(found.forces.detach().cpu().double().numpy(), ends)
+        new_margin = new_energy - np.array([cell.floor() for cell in tried])
+
+        below = np.isnan(new_margin) | (new_margin < margin)
+        lowest = [new if better else old for new, old, better in zip(tried, lowest, below, strict=True)]
+        margin = np.where(below, new_margin, margin)
+
+        down = new_energy < energy
+        stands = [new if better else old for new, old, better in zip(tried, stands, down, strict=True)]
+        forces = [new if better else old for new, old, better in zip(new_forces, forces, down, strict=True)]
+        energy = np.where(down, new_energy, energy)
+        reach = np.where(down, np.minimum(LONGER * reach, PUSH), SHORTER * reach)
+        tried = [_pushed(*cell, model) for cell in zip(stands, forces, reach, strict=True)]
     return lowest
 
 
-def _pushed(cell: ShakenCell, forces: np.ndarray, model: MagneticMACE) -> ShakenCell:
-    """The cell after a step along its forces, or itself where atoms would overlap."""
+def _pushed(cell: ShakenCell, forces: np.ndarray, reach: float, model: MagneticMACE) -> ShakenCell:
+    """The cell after a step of length `reach` along its forces, or itself where atoms would overlap."""
     longest = np.linalg.norm(forces, axis=1).max()
     try:
-        return cell.moved(PUSH * forces / max(longest, SMALLEST_FORCE), model)
+        return cell.moved(reach * forces / max(longest, SMALLEST_FORCE), model)
     except StructureError:
         return cell
 
@@ -375,6 +398,19 @@ def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
     """Displacements in balls of one radius for all atoms."""
     lengths = LARGEST_DISPLACEMENT * rng.random() * rng.random((n_atoms, 1)) ** (1 / 3)
     return lengths * random_directions(n_atoms, rng)
+
+
+def _wave(repetition: np.ndarray, n_atoms: int, rng: np.random.Generator) -> np.ndarray:
+    """Displacements that are those of one cell of `n_atoms`, up in some of the cells and down in others.
+
+    The signs are those of a wave at the zone boundary that fits into the supercell; without one all cells move alike.
+    """
+    cells = lattice_points_in_supercell(repetition) @ repetition
+    waves = [q for q in np.ndindex(2, 2, 2) if any(q) and not (repetition @ q % 2).any()]
+    signs = (-1.0) ** (cells.round() @ waves[rng.integers(len(waves))]) if waves else np.ones(len(cells))
+    shape = _everywhere(n_atoms, rng)
+    shape *= HIGHEST_WAVE * rng.random() / np.linalg.norm(shape, axis=1).max()
+    return (signs[:, None, None] * shape).reshape(-1, 3)
 
 
 def _approach(atoms: Atoms, rng: np.random.Generator) -> np.ndarray:
