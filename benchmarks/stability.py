@@ -9,10 +9,11 @@ and adds crystals that no label has. Every member of the committee sees the same
 puts more than 50 meV/atom below the ground state, which is the lowest energy of the stable crystal of the composition
 over volumes and collinear orders, or of the crystal itself where the composition has no other.
 
-Walks downhill look for holes that chance does not find. They start from primitive cells that are doubled and shaken as
-training does it (`mmace.training.restraint.shake`), with collinear moments of the crystal's own length, half of the
-time ferromagnetic, else with signs at random; each member takes 50 steps of up to 0.15 Å along its own forces. A walk
-has a hole where its lowest energy is one. Training holds up such walks, from cells of its own, with 20 steps at most.
+Walks downhill look for holes that chance does not find. They start from the crystals' primitive cells, doubled and
+shaken as training does it (`mmace.training.restraint.shake`: half of them with another volume), with collinear moments
+of the crystal's own length, half of the time ferromagnetic, else with signs at random; each member takes 50 steps of up
+to 0.15 Å along its own forces. A walk has a hole where its lowest point lies in one. Training keeps the lowest points
+of such walks, of at most 20 steps from labelled cells, above the floor.
 
 Dynamics are 20 ps of the first member, or with `--mean` of the committee's mean as the calculator gives it, with a
 Langevin thermostat at 300 K and 1,000 K, moments held. Displacements and

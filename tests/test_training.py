@@ -15,7 +15,7 @@ from ase.units import GPa
 
 from mmace.cli import main
 from mmace.data import composition, fingerprint, read_labels
-from mmace.derivatives import evaluate
+from mmace.derivatives import Evaluation, evaluate
 from mmace.errors import LabelError, MMACEError, ModelFileError, StructureError
 from mmace.graph import Graph
 from mmace.io import load_model, model_files, save_model
@@ -487,17 +487,74 @@ def test_frozen_waves_alternate_between_cells():
     assert len(seen) == 7
 
 
-def test_a_cell_without_a_finite_energy_is_the_lowest_of_its_walk(teacher, labels):
-    from mmace.training.restraint import crystals_to_shake, floor_loss, shake, walk_downhill
+def shaken_cells(labels, teacher, count, seed=0):
+    from mmace.training.restraint import crystals_to_shake, shake
 
-    rng = np.random.default_rng(0)
     crystals = crystals_to_shake(labels["train"], lambda kind: 1.0, lambda kind: 1.0)
-    cells = [shake(crystal, teacher, rng) for crystal in crystals[:2]]
-    broken = replace(cells[0], crystal=replace(cells[0].crystal, ground=np.nan))
-    first, second = walk_downhill(teacher, [broken, cells[1]], 3)
-    assert first is not cells[0]
-    assert not np.isfinite(float(floor_loss(teacher, [first]).detach()))
-    assert np.isfinite(float(floor_loss(teacher, [second]).detach()))
+    rng = np.random.default_rng(seed)
+    return [shake(crystals[k % len(crystals)], teacher, rng) for k in range(count)]
+
+
+def test_an_energy_that_is_not_a_number_is_the_lowest_of_its_walk(teacher, labels, monkeypatch):
+    from mmace.training import restraint
+
+    first, second = shaken_cells(labels, teacher, 2)
+    seen = []
+
+    def evaluate(model, graph, **wanted):
+        found = original(model, graph, **wanted)
+        seen.append(graph.positions[: len(first.atoms)].clone())
+        if len(seen) == 2:
+            found.energy[0] = np.nan
+            found.forces[: len(first.atoms)] = np.nan
+        return found
+
+    original = restraint.evaluate
+    alone = restraint.walk_downhill(teacher, [second], 5)[0]
+    monkeypatch.setattr(restraint, "evaluate", evaluate)
+    broken, other = restraint.walk_downhill(teacher, [first, second], 5)
+    assert broken.atoms.positions == pytest.approx(seen[1].numpy())
+    assert np.abs(seen[1].numpy() - first.atoms.positions).max() > 0.01
+    assert other.atoms.positions == pytest.approx(alone.atoms.positions, abs=1e-7)
+    assert np.abs(other.atoms.positions - second.atoms.positions).max() > 0.01
+
+
+def test_walks_end_in_valleys_that_are_narrower_than_their_steps(teacher, labels, monkeypatch):
+    from mmace.training import restraint
+
+    (start,) = shaken_cells(labels, teacher, 1)
+    centre = start.atoms.positions[0] - start.atoms.positions[1] - [0.0, 0.1, 0.0]
+
+    def evaluate(model, graph, **wanted):
+        apart = graph.positions[0] - graph.positions[1] - torch.as_tensor(centre)
+        forces = torch.zeros_like(graph.positions)
+        forces[0], forces[1] = -1000.0 * apart, 1000.0 * apart
+        energy = 500.0 * apart.square().sum().reshape(1)
+        return Evaluation(energy, energy, forces if wanted["forces"] else None, None, None)
+
+    monkeypatch.setattr(restraint, "evaluate", evaluate)
+    (end,) = restraint.walk_downhill(teacher, [start], 12)
+    apart = end.atoms.positions[0] - end.atoms.positions[1] - centre
+    assert np.linalg.norm(apart) < 0.01
+
+
+def test_half_of_the_shaken_cells_keep_volume_and_moments_and_a_third_are_waves(teacher):
+    from mmace.training.restraint import Crystal, shake
+
+    primitive = bulk("Fe", "fcc", a=3.6)
+    primitive.set_initial_magnetic_moments([[0.1, 0.2, 0.3]])
+    rng = np.random.default_rng(4)
+    cells = [shake(Crystal(primitive, 0.0, 0.5), teacher, rng) for _ in range(600)]
+    volume = np.array([cell.atoms.get_volume() / len(cell.atoms) / primitive.get_volume() for cell in cells])
+    own = np.abs(volume - 1) < 1e-9
+    moments = np.array([(cell.atoms.get_initial_magnetic_moments() == [0.1, 0.2, 0.3]).all() for cell in cells])
+    assert own.mean() == pytest.approx(0.5, abs=0.06)
+    assert moments[own].all()
+    assert moments.mean() == pytest.approx(0.75, abs=0.06)
+    lengths = [np.linalg.norm(cell.atoms.positions - cell.sites, axis=1) for cell in cells]
+    waves = [length for length in lengths if np.ptp(length) < 1e-9]
+    assert len(waves) / len(cells) == pytest.approx(1 / 3, abs=0.06)
+    assert 0.55 < np.concatenate(waves).max() < 0.6
 
 
 def test_restraint_of_spin_orbit_energies_starts_at_its_bound(teacher, labels):

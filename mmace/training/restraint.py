@@ -236,8 +236,8 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
 
     Half of the cells with another volume also get other moments.
 
-    Crystals of less than eight atoms are first repeated to a supercell, so that neighbouring cells move against each
-    other with wave vectors from the zone boundary.
+    Crystals of up to three atoms and half of those of four are first doubled, in one to three directions, so that
+    neighbouring cells move against each other with wave vectors from the zone boundary.
 
     Parameters
     ----------
@@ -281,7 +281,7 @@ def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) 
 
     A walk finds minima that should not be there sooner than chance does. A step that leads up is taken back and the
     next one halved, so that walks end in narrow minima instead of leaping from wall to wall. Steps that would bring
-    atoms on top of each other count as leading up; a cell without a finite energy counts as the lowest.
+    atoms on top of each other count as leading up; an energy that is not a number counts as the lowest.
 
     Parameters
     ----------
@@ -293,21 +293,23 @@ def walk_downhill(model: MagneticMACE, cells: Sequence[ShakenCell], steps: int) 
         Steps of at most 0.15 Å of the atom with the largest force.
     """
     tried, stands, lowest = list(cells), list(cells), list(cells)
-    energy, margin, reach = np.full((3, len(cells)), np.inf)
+    energy, margin = np.full((2, len(cells)), np.inf)
+    reach = np.full(len(cells), PUSH)
     forces = [np.zeros_like(cell.sites) for cell in cells]
     ends = np.cumsum([len(cell.atoms) for cell in cells])[:-1]
-    for _ in range(steps + 1):
+    for step in range(steps + 1):
         graph = Graph.collate([cell.graph for cell in tried]).to(model.device)
-        found = evaluate(model, graph, forces=True, stress=False, magnetic_forces=False)
-        assert found.forces is not None
+        found = evaluate(model, graph, forces=step < steps, stress=False, magnetic_forces=False)
         new_energy = (found.energy / graph.counts).detach().cpu().double().numpy()
-        new_forces = np.split(found.forces.detach().cpu().double().numpy(), ends)
         new_margin = new_energy - np.array([cell.floor() for cell in tried])
 
         below = np.isnan(new_margin) | (new_margin < margin)
         lowest = [new if better else old for new, old, better in zip(tried, lowest, below, strict=True)]
         margin = np.where(below, new_margin, margin)
+        if found.forces is None:
+            break
 
+        new_forces = np.split(found.forces.detach().cpu().double().numpy(), ends)
         down = new_energy < energy
         stands = [new if better else old for new, old, better in zip(tried, stands, down, strict=True)]
         forces = [new if better else old for new, old, better in zip(new_forces, forces, down, strict=True)]
@@ -390,7 +392,8 @@ def _repetition(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
     parts = [d for d in (1, 2) if cells % d == 0]
     diagonals = [(a, b, c) for a in parts for b in parts for c in parts if a * b * c == cells]
     forms = [np.array(((a, 0, 0), (x, b, 0), (y, z, c))) for a, b, c in diagonals for x, y, z in np.ndindex(a, a, b)]
-    doubling = [form for form in forms if np.allclose(2 * np.linalg.inv(form) % 1, 0)]
+    halves = [2 * np.linalg.inv(form) for form in forms]
+    doubling = [form for form, half in zip(forms, halves, strict=True) if np.allclose(half, half.round())]
     return doubling[rng.integers(len(doubling))]
 
 
@@ -403,12 +406,15 @@ def _everywhere(n_atoms: int, rng: np.random.Generator) -> np.ndarray:
 def _wave(repetition: np.ndarray, n_atoms: int, rng: np.random.Generator) -> np.ndarray:
     """Displacements that are those of one cell of `n_atoms`, up in some of the cells and down in others.
 
-    The signs are those of a wave at the zone boundary that fits into the supercell; without one all cells move alike.
+    The signs are those of a wave at the zone boundary that fits into the supercell; a single cell has none, and its
+    atoms are displaced at random.
     """
     cells = lattice_points_in_supercell(repetition) @ repetition
     waves = [q for q in np.ndindex(2, 2, 2) if any(q) and not (repetition @ q % 2).any()]
-    signs = (-1.0) ** (cells.round() @ waves[rng.integers(len(waves))]) if waves else np.ones(len(cells))
     shape = _everywhere(n_atoms, rng)
+    if not waves:
+        return shape
+    signs = (-1.0) ** (cells.round() @ waves[rng.integers(len(waves))])
     shape *= HIGHEST_WAVE * rng.random() / np.linalg.norm(shape, axis=1).max()
     return (signs[:, None, None] * shape).reshape(-1, 3)
 
