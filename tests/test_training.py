@@ -810,7 +810,7 @@ def test_float32_and_early_stop(labels, tmp_path):
 
 
 def test_last_weights_are_kept_on_request(labels, tmp_path):
-    unstable = {"learning_rate": 0.3, "final_learning_rate": 0.3, "warmup_steps": 0, "epochs": 4, "validate_every": 1}
+    unstable = {"learning_rate": 0.3, "final_learning_rate": 0.3, "warmup_steps": 0, "epochs": 4, "restrain_every": 0}
     best, last = (
         train(labels["train"], labels["valid"], recipe(keep=keep, **unstable), tmp_path / keep)
         for keep in ("best", "last")
