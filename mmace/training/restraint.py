@@ -253,14 +253,13 @@ def shake(crystal: Crystal, model: MagneticMACE, rng: np.random.Generator) -> Sh
         repetition = _repetition(len(crystal.atoms), rng)
         atoms = make_supercell(crystal.atoms, repetition)
         n_atoms = len(atoms)
-        as_labelled = rng.random() < 0.5
-        if not as_labelled:
+        if rng.random() >= 0.5:
             volume = rng.uniform(1.0 - LARGEST_COMPRESSION, 1.0 + LARGEST_EXPANSION_OF_SHAKEN)
             atoms.set_cell(volume ** (1 / 3) * atoms.cell.array, scale_atoms=True)
-        if not as_labelled and rng.random() < 0.5:
-            longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
-            lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
-            atoms.set_initial_magnetic_moments(lengths[:, None] * random_directions(n_atoms, rng))
+            if rng.random() < 0.5:
+                longest = [config.moment_scale[s] if s in config.carriers else 0.0 for s in atoms.symbols]
+                lengths = LONGEST_SHAKEN_MOMENT * np.array(longest) * rng.random(n_atoms)
+                atoms.set_initial_magnetic_moments(lengths[:, None] * random_directions(n_atoms, rng))
         sites = atoms.positions.copy()
         kind = rng.integers(3)
         if kind == 0:
