@@ -1,10 +1,13 @@
 """What each idea of the potential buys: the same labels and steps, one thing changed at a time.
 
-`python benchmarks/ablations.py FeAl [--steps N] [--work FOLDER] [-o results.json]` trains one model for each variant
-with the default model's recipe and prints the errors on the test parents as a table. Every variant makes exactly N
-steps of as many labels, and of one anisotropy group where it has groups: labels are repeated until they fill the steps,
-so fewer labels are seen more often. Validation chooses among as many averages of each variant. A run that was stopped
-goes on where it was.
+`python benchmarks/ablations.py FeAl [--steps N] [--seeds N] [--work FOLDER] [-o results.json]` trains one model for
+each variant and seed with the default model's recipe and prints the errors on the test parents as a table. Every
+variant makes exactly N steps of as many labels, and of one anisotropy group where it has groups: labels are repeated
+until they fill the steps, so fewer labels are seen more often. Validation chooses among as many averages of each
+variant. A run that was stopped goes on where it was.
+
+Nothing is restrained beyond the labels: the floor under shaken crystals and longer moments would give each variant
+other knowledge besides its labels, and a model without moments less of it.
 
 Without exact spin rotation, the features that couple moments to the lattice are as large as the others from the
 start, and the labels without spin-orbit coupling are trained at λ = 1 with all their moments turned together at random,
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmace_bench.finetuning import over_seeds
 from rich.console import Console
 from scipy.spatial.transform import Rotation
 
@@ -136,9 +141,15 @@ def repeats(count: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def run(
-    variant: Variant, labels: Sequence[LabelledStructure], splits: Splits, recipe: Recipe, steps: int, folder: Path
+    variant: Variant,
+    labels: Sequence[LabelledStructure],
+    splits: Splits,
+    recipe: Recipe,
+    steps: int,
+    seed: int,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Train a variant and test it."""
+    """Train a variant from the random weights of a seed and test it."""
     parts = {part: splits.select(labels, part) for part in ("train", "valid", "test")}
     if not variant.spin_orbit:
         parts = {part: single(some) for part, some in parts.items()}
@@ -148,9 +159,14 @@ def run(
         copies = {"train": 1, "valid": 1, "test": TURNS}
         parts = {part: turned(some, copies[part], seed) for seed, (part, some) in enumerate(parts.items())}
     settings = replace(
-        recipe, model={**recipe.model, **variant.model}, epochs=ROUNDS, validate_every=1, patience=ROUNDS
+        recipe,
+        model={**recipe.model, **variant.model},
+        epochs=ROUNDS,
+        validate_every=1,
+        patience=ROUNDS,
+        restrain_every=0,
     )
-    outcome = train(parts["train"], parts["valid"], settings, folder)
+    outcome = train(parts["train"], parts["valid"], settings, folder, seed=seed)
     predicted = predict(copy.deepcopy(outcome.model).double(), parts["test"])
     errors = errors_of(parts["test"], predicted).to_dict()
     if not outcome.model.config.has_spin_orbit:
@@ -159,6 +175,7 @@ def run(
     groups = len(groups_of(known))
     return {
         "variant": variant.name,
+        "seed": seed,
         "labels": len(single(known)),
         "groups": groups,
         "steps": last["step"],
@@ -178,16 +195,18 @@ def change_when_turned(labels: Sequence[LabelledStructure], predicted: Sequence[
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| model | training labels, groups | " + " | ".join(title for _, title in COLUMNS) + " |",
-        "|" + "---|" * (len(COLUMNS) + 2),
-    ]
-    for row in rows:
-        cells = ["" if row["test"][key] is None else f"{row['test'][key]:.1f}" for key, _ in COLUMNS]
-        lines.append(f"| {row['variant']} | {row['labels']}, {row['groups']} | " + " | ".join(cells) + " |")
-    changes = [row["change_when_turned_meV_per_atom"] for row in rows if row["change_when_turned_meV_per_atom"]]
-    lines += [f"\nEnergies change by {change:.2f} meV/atom when all moments are turned." for change in changes]
+    """Mean over seeds, and lowest to highest, in Markdown."""
+    titles = ["model", "training labels, groups", *(title for _, title in COLUMNS)]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    changes = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        seeds = [row for row in rows if row["variant"] == name]
+        found = [[row["test"][key] for row in seeds] for key, _ in COLUMNS]
+        cells = ["" if None in values else over_seeds(values, 1) for values in found]
+        lines.append(f"| {name} | {seeds[0]['labels']}, {seeds[0]['groups']} | " + " | ".join(cells) + " |")
+        changes += [row["change_when_turned_meV_per_atom"] for row in seeds if row["change_when_turned_meV_per_atom"]]
+    if changes:
+        lines.append(f"\nEnergies change by {over_seeds(changes, 2)} meV/atom when all moments are turned.")
     sizes = [row["test"]["anisotropy_label_rms_ueV_per_atom"] for row in rows if row["test"]["n_groups"]]
     lines += [f"\nThe anisotropy labels have a root mean square of {size:.1f} µeV/atom." for size in sizes[:1]]
     return "\n".join(lines) + "\n"
@@ -198,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("system", choices=("FeAl", "CrN"))
     parser.add_argument("--steps", type=int, default=1000, help="of each variant (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repetitions (default %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("ablations-work"), help="folder of the runs")
     parser.add_argument(
         "--only",
@@ -215,17 +235,18 @@ def main() -> None:
     labels = read_labels(sorted((folder / "data").glob("*.extxyz")))
     splits = read_splits(folder / "splits.json")
     recipe = Recipe.from_dict(json.loads((HERE / "recipe.json").read_text()))
-    console, rows = Console(stderr=True), []
-    for number, variant in enumerate(VARIANTS):
+    console = Console(stderr=True)
+    result: dict[str, Any] = {"steps": args.steps, "seeds": args.seeds, "rows": []}
+    for seed, (number, variant) in itertools.product(range(args.seeds), enumerate(VARIANTS)):
         if args.only and number + 1 not in args.only:
             continue
-        console.print(f"{number + 1}/{len(VARIANTS)} {variant.name}")
-        work = args.work / args.system / f"{args.steps}-steps" / str(number)
-        rows.append(run(variant, labels, splits, recipe, args.steps, work))
-    print(table(rows))
-    if args.output:
-        with whole_file(args.output) as temporary:
-            temporary.write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=1) + "\n")
+        console.print(f"seed {seed}, {number + 1} of {len(VARIANTS)}: {variant.name}")
+        work = args.work / args.system / f"{args.steps}-steps" / f"seed-{seed}" / str(number)
+        result["rows"].append(run(variant, labels, splits, recipe, args.steps, seed, work))
+        if args.output:
+            with whole_file(args.output) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result["rows"]))
 
 
 if __name__ == "__main__":

@@ -142,17 +142,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for size, way in dict.fromkeys((r["labels"], r["way"]) for r in rows):
         seeds = [r for r in rows if (r["labels"], r["way"]) == (size, way)]
-        cells = [_over_seeds([r["compound"][key] for r in seeds]) for key in KEYS]
+        cells = [over_seeds([r["compound"][key] for r in seeds]) for key in KEYS]
         # a model from scratch has not seen the elements, so it has nothing to forget
         elements = [r["elements"]["energy_rmse_meV_per_atom"] for r in seeds]
-        cells.append("" if way == SCRATCH else _over_seeds(elements))
+        cells.append("" if way == SCRATCH else over_seeds(elements))
         lines.append(f"| {size} | {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _over_seeds(values: Sequence[float]) -> str:
-    mean = f"{np.mean(values):.0f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.0f} to {max(values):.0f})"
+def over_seeds(values: Sequence[float], digits: int = 0) -> str:
+    """Mean, and lowest to highest where there are several."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def study_results(study: Study, args: argparse.Namespace, report: Callable[[str], None]) -> dict[str, Any]:

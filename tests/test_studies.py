@@ -73,7 +73,7 @@ def test_labels_and_groups_fill_the_steps_exactly(n_groups: int) -> None:
 def test_every_variant_makes_the_same_steps_and_passes(tmp_path: Path) -> None:
     labels, splits = toy_labels()
     rows = [
-        ablations.run(variant, labels, splits, RECIPE, 8, tmp_path / str(k))
+        ablations.run(variant, labels, splits, RECIPE, 8, 0, tmp_path / str(k))
         for k, variant in enumerate(ablations.VARIANTS)
     ]
     assert {row["steps"] for row in rows} == {8}
