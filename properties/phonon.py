@@ -528,8 +528,9 @@ class Phonon(Property):
             place = ", ".join(f"{x:.3g}" for x in places[worst])
             who, where = "imaginary modes", ""
             if committee:
-                who = f"{unstable} of the committee's {len(lowest)} members have imaginary modes"
-                where = "in all of them " if unstable == len(lowest) else "in these members "
+                verb, those = ("has", "this member") if unstable == 1 else ("have", "these members")
+                who = f"{unstable} of the committee's {len(lowest)} members {verb} imaginary modes"
+                where = "in all of them " if unstable == len(lowest) else f"in {those} "
             dataset.attrs["note"] = (
                 f"{who}, the lowest {lowest[worst]:.3g} THz at q = ({place}): {where}this order of this crystal is no "
                 "minimum of the energy; thermal properties leave them out"

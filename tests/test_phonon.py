@@ -348,7 +348,7 @@ def test_one_unstable_member_is_seen():
         assert float(dataset[f"{name}_std"]) == pytest.approx(each.std(ddof=1), abs=1e-9)
     assert int(dataset["unstable_members"]) == 1
     np.testing.assert_allclose(dataset["lowest_q"].values, single[0]["lowest_q"].values)
-    assert dataset.attrs["note"].startswith("1 of the committee's 2 members have imaginary modes")
+    assert dataset.attrs["note"].startswith("1 of the committee's 2 members has imaginary modes")
     rows = {r.label: r for r in prop.summary(dataset)}
     largest = int(np.abs(dataset["frequency_slope"].values).argmax())
     assert rows["members with imaginary modes"].value == "1 of 2"
