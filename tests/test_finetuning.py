@@ -20,12 +20,13 @@ from mmace.errors import LabelError, UnknownElementError
 from mmace.graph import Graph
 from mmace.io import file_hash, load_model, model_files, read_metadata, save_model
 from mmace.model import MagneticMACE, ModelConfig
-from mmace.training import Recipe, predict, train
+from mmace.training import Recipe, errors_of, predict, train
 from mmace.training.batches import LabelBatch
 from mmace.training.cli import _hashes
 from mmace.training.distributed import Processes, part_of_probe
 from mmace.training.finetune import check_labels, energy_shifts, finetune_recipe, shifted, starting_model
 from mmace.training.loop import Start
+from mmace.training.recipe import RecipeError
 from mmace.training.restraint import make_probe, restraint_loss
 
 CONFIG = ModelConfig(
@@ -165,6 +166,83 @@ def test_start_from_weights_and_exact_resume(labels, tmp_path):
         train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=Start(model))
 
 
+def strong_spin_orbit(seed):
+    """A random potential with spin-orbit features as large as the others; `seed` changes these alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = MagneticMACE(replace(CONFIG, spin_orbit_scale=1.0)).requires_grad_(False)
+        torch.manual_seed(seed)
+        for name, weights in model.named_parameters():
+            if ".spin_orbit." in name:
+                weights.copy_(torch.randn(weights.shape))
+    return model
+
+
+def judged_by(model, labels, factor=1.0):
+    """Labels whose groups have the anisotropy of a potential, times a factor."""
+    groups = [x for x in labels if x.anisotropy_group is not None]
+    found = predict(model, groups)
+    return [
+        *(x for x in labels if x.anisotropy_group is None),
+        *(replace(x, energy=factor * p.energy) for x, p in zip(groups, found, strict=True)),
+    ]
+
+
+def anisotropy_error(model, labels):
+    groups = [x for x in labels if x.anisotropy_group is not None]
+    return errors_of(groups, predict(model, groups)).to_dict()["anisotropy_rmse_ueV_per_atom"]
+
+
+def test_the_spin_orbit_part_alone(labels, tmp_path):
+    """Whatever the model says without spin-orbit coupling stays to the last bit; anisotropy is learned."""
+    model, target = strong_spin_orbit(3), strong_spin_orbit(4)
+    known, valid = judged_by(target, labels["train"]), judged_by(target, labels["valid"])
+    before = weights_of(model)
+    recipe = replace(RECIPE, part="spin_orbit", epochs=100, learning_rate=0.05, spin_orbit_decay=0.0, restrain_every=0)
+    outcome = train(known, valid, recipe, tmp_path / "run", start=Start(model))
+    after = weights_of(outcome.model)
+    moved = [name for name in before if ".spin_orbit." in name]
+    assert moved
+    assert all(torch.equal(before[name], after[name]) != (name in moved) for name in before)
+    assert anisotropy_error(outcome.model, known) < 0.3 * anisotropy_error(model, known)
+    train(known, valid, recipe, tmp_path / "parts", start=Start(model), stop_after=50)
+    parts = train(known, valid, recipe, tmp_path / "parts", start=Start(model))
+    assert same(after, weights_of(parts.model))
+
+
+def test_the_spin_orbit_part_alone_keeps_its_bound_elsewhere(labels, tmp_path):
+    """Structures without anisotropy labels stay near the largest anisotropy that labels have."""
+    model = strong_spin_orbit(3)
+    known = judged_by(model, labels["train"], 1e-2)
+    recipe = replace(RECIPE, part="spin_orbit", epochs=40, learning_rate=0.02, keep="last", patience=100)
+    elsewhere = [x for x in labels["old"] if not x.soc]
+    largest = []
+    for every in (0, 1):
+        settings = replace(recipe, restrain_every=every)
+        start = Start(model, elsewhere, 0.5)
+        tuned = train(known, labels["valid"], settings, tmp_path / str(every), start=start).model
+        with_coupling = predict(tuned, [replace(x, soc=True) for x in elsewhere])
+        without = predict(tuned, elsewhere)
+        largest.append(max(abs(a.energy - b.energy) for a, b in zip(with_coupling, without, strict=True)))
+    assert largest[1] < 0.7 * largest[0]
+
+
+def test_training_the_spin_orbit_part_alone_is_refused_where_it_cannot_be(labels, tmp_path):
+    recipe = replace(RECIPE, part="spin_orbit")
+    with pytest.raises(RecipeError, match="needs a trained model around it"):
+        train(labels["train"], labels["valid"], recipe, tmp_path)
+    without = MagneticMACE(replace(CONFIG, spin_orbit=False))
+    with pytest.raises(RecipeError, match="the model is without spin-orbit coupling"):
+        train(labels["train"], labels["valid"], recipe, tmp_path, start=Start(without))
+    single = [x for x in labels["train"] if not x.soc]
+    with pytest.raises(LabelError, match="no training label has spin-orbit coupling"):
+        train(single, labels["valid"], recipe, tmp_path, start=Start(random_model(2)))
+    with pytest.raises(RecipeError, match="choose all or spin_orbit"):
+        replace(RECIPE, part="spin-orbit")
+    own = {"recipe": json.dumps(recipe.to_dict())}
+    assert finetune_recipe(own).part == "all"
+
+
 def test_replay_has_its_share_and_changes_from_epoch_to_epoch(labels, tmp_path):
     from mmace.training.loop import _Run
 
@@ -261,6 +339,13 @@ def test_command_line_tunes_every_member(files, tmp_path, capsys):
     assert [stage.get("seed") for stage in stages] == [None, "0"]
     assert stages[1]["finetuned_from"] == first["finetuned_from"]
     assert last["seed"] == "7"
+    assert main([*command, *replay, "--out", str(tmp_path / "anisotropy"), "--part", "spin_orbit"]) == 0
+    for number, file in enumerate(members):
+        tuned = tmp_path / "anisotropy" / f"member-{number}" / "model.safetensors"
+        assert json.loads(read_metadata(tuned)["recipe"])["part"] == "spin_orbit"
+        before, after = weights_of(load_model(file)), weights_of(load_model(tuned))
+        assert all(torch.equal(before[name], after[name]) for name in before if ".spin_orbit." not in name)
+        assert not same(before, after)
 
 
 def test_hashes_tell_files_of_one_name_apart(tmp_path):

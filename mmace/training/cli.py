@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     tune.add_argument("--from", dest="model", default="default", metavar="MODEL", help="shipped name or file")
     _add_label_options(tune)
     tune.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: the model's own, ten times slower)")
+    tune.add_argument(
+        "--part", choices=("all", "spin_orbit"), help="weights to change (default: the recipe's choice, or all)"
+    )
     tune.add_argument("--seed", type=int, default=0, help="of the order of labels (default %(default)s)")
     tune.add_argument("--replay", nargs="+", metavar="FILE", default=[], help="labels that must not be forgotten")
     tune.add_argument("--replay-splits", nargs="+", metavar="FILE", help="replay the training parents of these alone")
@@ -128,6 +131,8 @@ def _finetune(args: argparse.Namespace) -> int:
             read_metadata(file),
         )
         recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(earlier)
+        if args.part:
+            recipe = replace(recipe, part=args.part)
         notes = {
             "finetuned_from": json.dumps({file.name: file_hash(file)}),
             "earlier": json.dumps(_stages(earlier)),

@@ -42,6 +42,7 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
         patience=PATIENCE,
         warmup_steps=WARMUP,
         validate_every=1,
+        part=Recipe.part,
         keep="best",
         least_stiffness=Recipe.least_stiffness,
         shake_weight=Recipe.shake_weight,

@@ -25,7 +25,7 @@ from .checkpoint import read_checkpoint, write_checkpoint
 from .distributed import Processes, current_processes, part_of_probe
 from .evaluate import Prediction, errors_of, predict
 from .loss import LossTerms, direction_loss, label_loss
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .restraint import (
     LONGEST_WALK,
     Crystal,
@@ -202,6 +202,8 @@ class _Run:
                 )
             self.model = MagneticMACE(ModelConfig.from_dict(saved[1]["config"])).to(dtype)
         self.model.to(device)
+        if recipe.part == "spin_orbit":
+            self._hold_all_but_spin_orbit(train_labels)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.best = {name: value.clone() for name, value in self.average.items()}
         named = dict(self.model.named_parameters())
@@ -239,6 +241,26 @@ class _Run:
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
+
+    def _hold_all_but_spin_orbit(self, train_labels: Sequence[LabelledStructure]) -> None:
+        """Let training change the weights of spin-orbit coupling alone."""
+        if self.start is None:
+            raise RecipeError(
+                "the recipe trains the spin-orbit part alone, which needs a trained model around it: give one with "
+                "`mmace finetune --from`."
+            )
+        if not self.model.config.has_spin_orbit:
+            raise RecipeError(
+                "the recipe trains the spin-orbit part alone, but the model is without spin-orbit coupling: train one "
+                "with `mmace train` on labels that have it."
+            )
+        if not any(label.soc for label in train_labels):
+            raise LabelError(
+                "the recipe trains the spin-orbit part alone, but no training label has spin-orbit coupling: add such "
+                "labels, or leave `part` out of the recipe."
+            )
+        for name, weights in self.model.named_parameters():
+            weights.requires_grad_(".spin_orbit." in name)
 
     def go(self, max_minutes: float | None, stop_after: int | None, report: Report) -> Outcome:
         start = saved_at = time.monotonic()
@@ -480,12 +502,12 @@ class _StepLoss(torch.nn.Module):
 
         `seed` draws the restraint of a step that has one.
         """
-        total = 0.0 * self.model.one_body.weight.sum().double()
+        total = 0.0 * next(weights for weights in self.model.parameters() if weights.requires_grad).sum().double()
         terms = np.zeros(len(TERMS))
-        mine = self.processes.share(labels)
         parts: list[tuple[LabelBatch | DirectionBatch, float]] = []
-        if mine:
-            parts.append((LabelBatch.collate(mine), len(mine) / len(labels)))
+        fitted = self.processes.share([label for label in labels if self._learns_from(label)])
+        if fitted:
+            parts.append((LabelBatch.collate(fitted), len(fitted) / len(labels)))
         my_groups = self.processes.share(groups)
         if my_groups:
             parts.append((DirectionBatch.collate(my_groups), len(my_groups) / len(groups)))
@@ -493,21 +515,35 @@ class _StepLoss(torch.nn.Module):
             loss = _mean_loss(self.model, part, self.recipe)
             total = total + self.processes.count * share * loss.total()
             terms += [share * float(getattr(loss, name).detach()) for name in TERMS]
+        mine = self.processes.share(labels)
         if mine and seed is not None:
-            total = total + self.processes.count * len(mine) / len(labels) * self._restraint(labels, parts[0][0], seed)
+            restraint = self._restraint(labels, LabelBatch.collate(mine), seed)
+            total = total + self.processes.count * len(mine) / len(labels) * restraint
         return total, terms
 
-    def _restraint(self, labels: list[LabelBatch], mine: LabelBatch | DirectionBatch, seed: int) -> torch.Tensor:
+    def _learns_from(self, label: LabelBatch) -> bool:
+        """Whether a label says anything about the weights that change."""
+        return self.recipe.part == "all" or bool(label.graph.soc.any())
+
+    def _restraint(self, labels: list[LabelBatch], mine: LabelBatch, seed: int) -> torch.Tensor:
         """Restraint per structure of this process; random numbers are those of the whole batch."""
-        assert isinstance(mine, LabelBatch)
         generator = torch.Generator().manual_seed(seed)
+        loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        if self.recipe.part == "all":
+            loss = loss + self._spin_free_restraint(labels, mine, seed, generator)
+        if self.spin_orbit_bound > 0:
+            loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
+        return loss.double()
+
+    def _spin_free_restraint(
+        self, labels: list[LabelBatch], mine: LabelBatch, seed: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The part of the restraint that does not ask for spin-orbit coupling."""
         whole = mine if self.processes.count == 1 else LabelBatch.collate(labels)
         probe: Probe = make_probe(self.model, whole, generator)
         if self.processes.count > 1:
             probe = part_of_probe(probe, self.processes.share(range(len(labels))))
         loss = restraint_loss(self.model, probe)
-        if self.spin_orbit_bound > 0:
-            loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
         if self.crystals:
             rng = np.random.default_rng(seed)
             weights = np.array([crystal.weight for crystal in self.crystals])
@@ -516,7 +552,7 @@ class _StepLoss(torch.nn.Module):
             # Many walks fall within a few steps: shorter ones at random halve the cost.
             steps = int(rng.integers(1, LONGEST_WALK, endpoint=True))
             loss = loss + floor_loss(self.model, walk_downhill(self.model, cells, steps))
-        return loss.double()
+        return loss
 
 
 def _mean_loss(

@@ -115,6 +115,9 @@ class Recipe:
     shake_weight : float or mapping of str to float
         Chance of each labelled crystal to be the one displaced, relative to others, one number or one for each formula
         and one for the `others`: more where the surface still falls below that floor.
+    part : str
+        Which weights change: `all`, or those of the `spin_orbit` part alone, which leaves everything that the model
+        says without spin-orbit coupling as it is.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -139,6 +142,7 @@ class Recipe:
     restrain_every: int = 2
     least_stiffness: float | Mapping[str, float] = 0.5
     shake_weight: float | Mapping[str, float] = 1.0
+    part: str = "all"
     keep: str = "best"
     patience: int = 200
     dtype: str = "float64"
@@ -151,6 +155,8 @@ class Recipe:
             raise RecipeError(
                 f"the recipe's model has no setting {unknown[0]}: choose among {', '.join(MODEL_SETTINGS)}."
             )
+        if self.part not in ("all", "spin_orbit"):
+            raise RecipeError(f"the recipe trains the part {self.part}: choose all or spin_orbit.")
         if self.keep not in ("best", "last"):
             raise RecipeError(f"the recipe keeps the {self.keep} weights: choose best or last.")
         if self.dtype not in ("float64", "float32"):
