@@ -666,6 +666,13 @@ def test_refined_plan_keeps_jobs_and_refuses_coarser_meshes() -> None:
         refined_plan(plan, ["x"], 0.18)
 
 
+def test_refined_plan_of_anisotropy_avoids_gamma() -> None:
+    plan = Plan("test", SOC, (feal("a"),))
+    fine = refined_plan(plan, ["a"], 0.2)
+    assert fine.settings(fine.jobs[0])["kmesh"] == [12, 12, 12]
+    assert fine.settings(fine.jobs[0])["gamma"] is False
+
+
 def test_comparison_of_two_label_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan("test", COLLINEAR, (feal("a"), feal("b", shift=0.07)))
     frames, others = [], []
@@ -693,6 +700,24 @@ def test_comparison_of_two_label_files(tmp_path: Path, capsys: pytest.CaptureFix
     write_labels(tmp_path / "a.extxyz", frames)
     assert main(["label", "compare", str(tmp_path / "a.extxyz"), str(tmp_path / "a.extxyz")]) == 0
     assert "meV/µB" in capsys.readouterr().out
+
+
+def test_comparison_of_anisotropy_is_about_the_mean_of_a_group() -> None:
+    """Total energies and the lengths of self-consistent moments may differ; directions and structures may not."""
+    plan = Plan("test", SOC, (feal("a"), feal("b")))
+    frames, others = [], []
+    for job, change in zip(plan.jobs, (2e-6, -8e-6), strict=True):
+        result = {"converged": True, "code": "g", "energy": -1.0, "moments": [0.8, 0.0], "soc_energies": [-1.5, -1.6]}
+        frames += job_frames(plan, job, result)
+        other = {**result, "energy": -3.0, "moments": [0.83, 0.0], "soc_energies": [-2.5, -2.6 + change]}
+        others += job_frames(plan, job, other)
+    rows = {row[0]: row for row in compare_labels(frames, others)}
+    # two atoms and two directions: a quarter of the change each
+    assert rows.keys() == {"anisotropy"}
+    assert rows["anisotropy"][1:] == ("4 of 4", f"{np.sqrt((0.5**2 + 2**2) / 2):.3f}", "2.000", "µeV/atom")
+    others[1].arrays["initial_magmoms"] = others[0].arrays["initial_magmoms"]
+    with pytest.raises(LabelError, match=r"'a-d1'.*differ"):
+        compare_labels(frames, others)
 
 
 # Programs and data sets

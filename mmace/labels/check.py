@@ -15,6 +15,7 @@ from .abinit import kpoint_mesh
 from .gate import MOMENT_TOLERANCE, judge
 from .plan import Job, Plan, make_job
 from .run import read_result
+from .sampling import anisotropy_mesh, fixed_mesh
 
 ZERO = 1e-4  # meV/Å, GPa, meV/µB: below what label files hold
 STEPS = {"force": 0.01, "stress": 0.005, "magnetic": 0.05}
@@ -23,6 +24,7 @@ COMPARED = {
     "forces": ("forces", 1e-3, "meV/Å"),
     "stress": ("stress", GPa, "GPa"),
     "magnetic_forces": ("magnetic forces", 1e-3, "meV/µB"),
+    "anisotropy": ("anisotropy", 1e-6, "µeV/atom"),
 }
 
 
@@ -66,7 +68,7 @@ def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atom
 
 
 def refined_plan(plan: Plan, names: Sequence[str], spacing: float) -> Plan:
-    """Plan that runs jobs of an ABINIT plan again on a finer mesh.
+    """Plan that runs jobs of a plan again on a finer mesh.
 
     Parameters
     ----------
@@ -86,26 +88,25 @@ def refined_plan(plan: Plan, names: Sequence[str], spacing: float) -> Plan:
     LabelError
         Names the job that the plan does not have, or whose mesh would be no finer.
     """
-    if plan.recipe.engine != "abinit":
-        raise LabelError(f"the plan {plan.name!r} is not for ABINIT; finer meshes are made of ABINIT plans")
+    mesh_of = fixed_mesh if plan.recipe.engine == "abinit" else anisotropy_mesh
     jobs = []
     for name in names:
         job = _find_job(plan, name)
         settings, cell = plan.settings(job), np.array(job.cell)
-        mesh, before = kpoint_mesh(cell, spacing), settings.get("kmesh") or kpoint_mesh(cell, settings["k_spacing"])
-        if np.prod(mesh) <= np.prod(before):
+        fine, before = mesh_of(cell, spacing), settings.get("kmesh") or kpoint_mesh(cell, settings["k_spacing"])
+        if np.prod(fine["kmesh"]) <= np.prod(before):
             raise LabelError(f"job {name!r} of {plan.name!r} has as fine a mesh already; make the spacing smaller")
-        jobs.append(replace(job, settings={**job.settings, "kmesh": list(mesh)}))
+        jobs.append(replace(job, settings={**job.settings, **fine}))
     return Plan(f"{plan.name}-refined", plan.recipe, tuple(jobs))
 
 
 def compare_labels(first: Sequence[Atoms], second: Sequence[Atoms]) -> list[tuple[str, ...]]:
     """Differences between labels of the same names in two files, as root mean squares and largest values.
 
-    Energies by frame; forces, stress and magnetic forces by component, where both files know them. A component that
-    is zero in both is left out: symmetry makes it so, and its difference says nothing about the settings. The mean of
-    the energies' differences is taken out of their root mean square (it shifts no energy difference) and stated by
-    itself.
+    Energies by frame, in anisotropy groups about the mean of the group; forces, stress and magnetic forces by
+    component, where both files know them. A component that is zero in both is left out: symmetry makes it so, and its
+    difference says nothing about the settings. The mean of the energies' differences is taken out of their root mean
+    square (it shifts no energy difference) and stated by itself.
 
     Returns
     -------
@@ -122,14 +123,19 @@ def compare_labels(first: Sequence[Atoms], second: Sequence[Atoms]) -> list[tupl
     if not pairs:
         raise LabelError("the two label files have no frame of the same name")
     found: dict[str, list[np.ndarray]] = {key: [np.zeros((2, 0))] for key in COMPARED}
+    groups: dict[str, list[list[float]]] = {}
     for one, other in pairs:
         if not _alike(one, other):
             raise LabelError(f"the frames {one.info['name']!r} of the two label files differ in structure or moments")
-        energies = [[atoms.get_potential_energy() / len(atoms)] for atoms in (one, other)]
-        found["energy"].append(np.array(energies))
+        energies = [atoms.get_potential_energy() / len(atoms) for atoms in (one, other)]
+        if "anisotropy_group" in one.info:
+            groups.setdefault(one.info["anisotropy_group"], []).append(energies)
+            continue
+        found["energy"].append(np.array(energies)[:, None])
         for key in ("forces", "stress"):
             found[key].append(_both(one.calc.results, other.calc.results, key))
         found["magnetic_forces"].append(_both(one.arrays, other.arrays, "magnetic_forces"))
+    found["anisotropy"] += [np.array(group).T - np.mean(group, axis=0)[:, None] for group in groups.values()]
     rows: list[tuple[str, ...]] = []
     for key, (name, factor, unit) in COMPARED.items():
         first_values, second_values = np.concatenate(found[key], axis=1) / factor
@@ -221,11 +227,18 @@ def _find_job(plan: Plan, name: str) -> Job:
 
 
 def _alike(one: Atoms, other: Atoms) -> bool:
+    """Whether two frames have the same structure and moments; in anisotropy groups, moments along the same direction.
+
+    The lengths of self-consistent moments follow the settings that are compared.
+    """
+    moments = [atoms.arrays["initial_magmoms"] for atoms in (one, other)]
+    if "anisotropy_group" in one.info:
+        moments = [m / np.linalg.norm(m) for m in moments]
     return (
         list(one.numbers) == list(other.numbers)
         and bool(np.allclose(one.cell.array, other.cell.array, atol=1e-6))
         and bool(np.allclose(one.positions, other.positions, atol=1e-6))
-        and bool(np.allclose(one.arrays["initial_magmoms"], other.arrays["initial_magmoms"], atol=2 * MOMENT_TOLERANCE))
+        and bool(np.allclose(moments[0], moments[1], atol=2 * MOMENT_TOLERANCE))
     )
 
 

@@ -100,7 +100,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_run_options(again)
     again.set_defaults(run=_reproduce)
 
-    refine = actions.add_parser("refine", help="plan that runs jobs of an ABINIT plan again on a finer mesh")
+    refine = actions.add_parser("refine", help="plan that runs jobs of a plan again on a finer mesh")
     refine.add_argument("plan", help="plan file")
     refine.add_argument("--jobs", nargs="+", required=True, metavar="JOB", help="names of the jobs")
     refine.add_argument("--k-spacing", type=float, required=True, help="largest spacing of the mesh, 1/Å")
