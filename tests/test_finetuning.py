@@ -122,6 +122,14 @@ def test_recipe_is_ten_times_slower(files):
     assert finetune_recipe({}).clip == Recipe().clip / 10
 
 
+def test_a_stage_of_the_spin_orbit_part_is_no_recipe_for_all_weights():
+    whole = Recipe(learning_rate=0.02, restrain_every=7)
+    part = Recipe(learning_rate=0.5, part="spin_orbit", restart=True)
+    stages = [{"recipe": json.dumps(Recipe(learning_rate=0.3).to_dict())}, {"recipe": json.dumps(whole.to_dict())}]
+    found = finetune_recipe({"recipe": json.dumps(part.to_dict()), "earlier": json.dumps(stages)})
+    assert (found.learning_rate, found.restrain_every, found.part, found.restart) == (0.002, 7, "all", False)
+
+
 def test_the_floor_is_that_of_no_crystals_in_particular():
     own = Recipe(least_stiffness={"CrN": 4.0, "others": 1.0}, shake_weight={"CrN": 5.0, "others": 1.0})
     recipe = finetune_recipe({"recipe": json.dumps(own.to_dict())})
@@ -198,14 +206,14 @@ def test_the_spin_orbit_part_alone(labels, tmp_path):
     model, target = strong_spin_orbit(3), strong_spin_orbit(4)
     known, valid = judged_by(target, labels["train"]), judged_by(target, labels["valid"])
     before = weights_of(model)
-    recipe = replace(RECIPE, part="spin_orbit", epochs=100, learning_rate=0.05, spin_orbit_decay=0.0, restrain_every=0)
+    recipe = replace(RECIPE, part="spin_orbit", epochs=60, learning_rate=0.05, spin_orbit_decay=0.0, restrain_every=0)
     outcome = train(known, valid, recipe, tmp_path / "run", start=Start(model))
     after = weights_of(outcome.model)
     moved = [name for name in before if ".spin_orbit." in name]
     assert moved
     assert all(torch.equal(before[name], after[name]) != (name in moved) for name in before)
     assert anisotropy_error(outcome.model, known) < 0.3 * anisotropy_error(model, known)
-    train(known, valid, recipe, tmp_path / "parts", start=Start(model), stop_after=50)
+    train(known, valid, recipe, tmp_path / "parts", start=Start(model), stop_after=30)
     parts = train(known, valid, recipe, tmp_path / "parts", start=Start(model))
     assert same(after, weights_of(parts.model))
 
@@ -227,6 +235,33 @@ def test_the_spin_orbit_part_alone_keeps_its_bound_elsewhere(labels, tmp_path):
     assert largest[1] < 0.7 * largest[0]
 
 
+def test_a_restart_forgets_the_spin_orbit_weights_alone(labels, tmp_path):
+    model = strong_spin_orbit(3)
+    before = weights_of(model)
+    still = replace(RECIPE, part="spin_orbit", restart=True, epochs=2, learning_rate=1e-12, final_learning_rate=0.0)
+
+    def restarted(folder, seed, **options):
+        start = Start(model)
+        return weights_of(
+            train(labels["train"], labels["valid"], still, folder, seed=seed, start=start, **options).model
+        )
+
+    first, other = restarted(tmp_path / "0", 0), restarted(tmp_path / "1", 1)
+    for name in before:
+        if ".spin_orbit." in name:
+            assert len({float(w[name].flatten()[0]) for w in (before, first, other)}) == 3
+            assert 0.5 < float(first[name].std() / before[name].std()) < 2.0
+        else:
+            assert torch.equal(first[name], before[name])
+    restarted(tmp_path / "parts", 0, stop_after=1)
+    assert same(restarted(tmp_path / "parts", 0), first)
+    assert same(weights_of(model), before)
+    with pytest.raises(RecipeError, match="restarts all weights"):
+        replace(RECIPE, restart=True)
+    with pytest.raises(RecipeError, match="restart is 1: give true or false"):
+        replace(RECIPE, part="spin_orbit", restart=1)
+
+
 def test_training_the_spin_orbit_part_alone_is_refused_where_it_cannot_be(labels, tmp_path):
     recipe = replace(RECIPE, part="spin_orbit")
     with pytest.raises(RecipeError, match="needs a trained model around it"):
@@ -239,8 +274,6 @@ def test_training_the_spin_orbit_part_alone_is_refused_where_it_cannot_be(labels
         train(single, labels["valid"], recipe, tmp_path, start=Start(random_model(2)))
     with pytest.raises(RecipeError, match="choose all or spin_orbit"):
         replace(RECIPE, part="spin-orbit")
-    own = {"recipe": json.dumps(recipe.to_dict())}
-    assert finetune_recipe(own).part == "all"
 
 
 def test_replay_has_its_share_and_changes_from_epoch_to_epoch(labels, tmp_path):

@@ -24,14 +24,17 @@ SHIFT_PRIOR = 1e-3  # keeps the shift of elements that no label determines at ze
 def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
     """Recipe of a model's training, ten times slower, shorter and less patient; validation chooses the weights.
 
-    The floor under shaken crystals is the general one: that of the model's training was chosen for its own crystals.
+    It is that of the last stage that changed all weights. The floor under shaken crystals is the general one: that of
+    the model's training was chosen for its own crystals.
 
     Parameters
     ----------
     notes : mapping
         Notes saved with the model; without a recipe in them the default one is taken.
     """
-    first = Recipe.from_dict(json.loads(notes["recipe"])) if "recipe" in notes else Recipe()
+    stages = [notes, *reversed(json.loads(notes.get("earlier", "[]")))]
+    recipes = [Recipe.from_dict(json.loads(stage["recipe"])) for stage in stages if "recipe" in stage]
+    first = next((recipe for recipe in recipes if recipe.part == "all"), Recipe())
     return replace(
         first,
         model={},
@@ -42,7 +45,6 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
         patience=PATIENCE,
         warmup_steps=WARMUP,
         validate_every=1,
-        part=Recipe.part,
         keep="best",
         least_stiffness=Recipe.least_stiffness,
         shake_weight=Recipe.shake_weight,

@@ -38,7 +38,7 @@ from .restraint import (
     spin_orbit_loss,
     walk_downhill,
 )
-from .setup import initial_model
+from .setup import initial_model, restart_spin_orbit
 
 CHECKPOINT_SECONDS = 60.0
 TERMS = ("energy", "forces", "stress", "magnetic_forces", "anisotropy")
@@ -201,9 +201,13 @@ class _Run:
                     f"{folder} holds a run with other labels, recipe or seed: choose another folder for this run."
                 )
             self.model = MagneticMACE(ModelConfig.from_dict(saved[1]["config"])).to(dtype)
-        self.model.to(device)
         if recipe.part == "spin_orbit":
-            self._hold_all_but_spin_orbit(train_labels)
+            self._check_spin_orbit_part(train_labels)
+            if recipe.restart and saved is None:
+                restart_spin_orbit(self.model, seed)
+            for name, weights in self.model.named_parameters():
+                weights.requires_grad_(".spin_orbit." in name)
+        self.model.to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.best = {name: value.clone() for name, value in self.average.items()}
         named = dict(self.model.named_parameters())
@@ -242,8 +246,8 @@ class _Run:
         if self.processes.count > 1:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.loss, find_unused_parameters=True)
 
-    def _hold_all_but_spin_orbit(self, train_labels: Sequence[LabelledStructure]) -> None:
-        """Let training change the weights of spin-orbit coupling alone."""
+    def _check_spin_orbit_part(self, train_labels: Sequence[LabelledStructure]) -> None:
+        """Raise unless there is a spin-orbit part to train and something to learn for it."""
         if self.start is None:
             raise RecipeError(
                 "the recipe trains the spin-orbit part alone, which needs a trained model around it: give one with "
@@ -259,8 +263,6 @@ class _Run:
                 "the recipe trains the spin-orbit part alone, but no training label has spin-orbit coupling: add such "
                 "labels, or leave `part` out of the recipe."
             )
-        for name, weights in self.model.named_parameters():
-            weights.requires_grad_(".spin_orbit." in name)
 
     def go(self, max_minutes: float | None, stop_after: int | None, report: Report) -> Outcome:
         start = saved_at = time.monotonic()

@@ -118,6 +118,9 @@ class Recipe:
     part : str
         Which weights change: `all`, or those of the `spin_orbit` part alone, which leaves everything that the model
         says without spin-orbit coupling as it is.
+    restart : bool
+        Begin that part with random weights of the seed: members of a committee that have learned from all labels do
+        not differ by what each of them is shown afterwards.
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
@@ -143,6 +146,7 @@ class Recipe:
     least_stiffness: float | Mapping[str, float] = 0.5
     shake_weight: float | Mapping[str, float] = 1.0
     part: str = "all"
+    restart: bool = False
     keep: str = "best"
     patience: int = 200
     dtype: str = "float64"
@@ -157,6 +161,10 @@ class Recipe:
             )
         if self.part not in ("all", "spin_orbit"):
             raise RecipeError(f"the recipe trains the part {self.part}: choose all or spin_orbit.")
+        if self.restart and self.part == "all":
+            raise RecipeError(
+                "the recipe restarts all weights: use `mmace train`, or restart the part spin_orbit alone."
+            )
         if self.keep not in ("best", "last"):
             raise RecipeError(f"the recipe keeps the {self.keep} weights: choose best or last.")
         if self.dtype not in ("float64", "float32"):
@@ -255,11 +263,11 @@ def _check_formulas(name: str, setting: Any) -> None:
 
 def _check_types(settings: Any, what: str) -> None:
     """Raise unless numbers are numbers and texts are texts."""
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    kinds: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
     for setting in fields(settings):
         value, kind = getattr(settings, setting.name), str(setting.type)
-        if kind in kinds and (isinstance(value, bool) or not isinstance(value, kinds[kind])):
-            wanted = {"int": "a whole number", "float": "a number", "str": "a text"}[kind]
+        if kind in kinds and (isinstance(value, bool) != (kind == "bool") or not isinstance(value, kinds[kind])):
+            wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}[kind]
             raise RecipeError(f"{what} {setting.name} is {value!r}: give {wanted}.")
 
 

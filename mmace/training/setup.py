@@ -67,6 +67,24 @@ def initial_model(labels: Sequence[LabelledStructure], recipe: Recipe, seed: int
     return model.to(torch.float64 if recipe.dtype == "float64" else torch.float32)
 
 
+def restart_spin_orbit(model: MagneticMACE, seed: int) -> None:
+    """Replace a model's weights of spin-orbit coupling by random ones of the same size.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        Keeps all other weights.
+    seed : int
+        Seed of the random weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if ".spin_orbit." in name:
+                size = weights.square().mean().sqrt()
+                weights.copy_(size * torch.randn(weights.shape, generator=generator, dtype=torch.float64))
+
+
 def reference_energies(
     labels: Sequence[LabelledStructure], config: ModelConfig
 ) -> tuple[dict[str, float], np.ndarray, float]:
