@@ -37,14 +37,14 @@ def compare(group: list[LabelledStructure], calculator: MMACECalculator) -> dict
 
 
 def main() -> None:
-    """Compare every group of the label file and write the table."""
+    """Compare every group of the label files and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default=str(HERE / "anisotropy.md"))
     parser.add_argument("--model", default="default")
     options = parser.parse_args()
     calculator = MMACECalculator(options.model, soc=True)
     splits = read_splits(HERE / "splits.json")
-    labels = read_labels([HERE / "data" / "gpaw_soc.extxyz"])
+    labels = read_labels(sorted((HERE / "data").glob("gpaw_soc*.extxyz")))
     lines = [
         "# Anisotropy: model against labels",
         "",
