@@ -563,12 +563,12 @@ def test_restraint_of_spin_orbit_energies_starts_at_its_bound(teacher, labels):
     batch = batch_of(labels["train"], teacher)
     sizes = []
     for bound in (1e-9, 1e-6, 1.0):
-        loss = spin_orbit_loss(teacher, batch, bound, torch.Generator().manual_seed(0))
+        loss = spin_orbit_loss(teacher, batch.graph, bound, torch.Generator().manual_seed(0))
         sizes.append(float(loss))
     assert sizes[0] > sizes[1] > 0.0
     assert sizes[2] == 0.0
     without = MagneticMACE(replace(teacher.config, spin_orbit=False))
-    loss = spin_orbit_loss(without, batch, 1e-9, torch.Generator().manual_seed(0))
+    loss = spin_orbit_loss(without, batch.graph, 1e-9, torch.Generator().manual_seed(0))
     assert float(loss.detach()) < 1e-4
 
 

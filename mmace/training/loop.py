@@ -18,6 +18,7 @@ import torch
 from ..data import LabelledStructure, fingerprint, groups_of
 from ..errors import LabelError, MMACEError
 from ..files import whole_file
+from ..graph import Graph
 from ..io import save_model, weights_hash
 from ..model import MagneticMACE, ModelConfig
 from .batches import DirectionBatch, LabelBatch, ground_energies
@@ -30,6 +31,7 @@ from .restraint import (
     LONGEST_WALK,
     Crystal,
     Probe,
+    ShakenCell,
     crystals_to_shake,
     floor_loss,
     make_probe,
@@ -530,31 +532,38 @@ class _StepLoss(torch.nn.Module):
     def _restraint(self, labels: list[LabelBatch], mine: LabelBatch, seed: int) -> torch.Tensor:
         """Restraint per structure of this process; random numbers are those of the whole batch."""
         generator = torch.Generator().manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        cells = self._shaken_cells(len(labels), rng)
         loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
         if self.recipe.part == "all":
-            loss = loss + self._spin_free_restraint(labels, mine, seed, generator)
+            loss = loss + self._spin_free_restraint(labels, mine, generator)
+            if cells:
+                # Many walks fall within a few steps: shorter ones at random halve the cost.
+                steps = int(rng.integers(1, LONGEST_WALK, endpoint=True))
+                loss = loss + floor_loss(self.model, walk_downhill(self.model, cells, steps))
         if self.spin_orbit_bound > 0:
-            loss = loss + spin_orbit_loss(self.model, mine, self.spin_orbit_bound, generator)
+            shaken = [cell.graph.to(self.model.device) for cell in cells]
+            graph = Graph.collate([mine.graph, *shaken])
+            loss = loss + spin_orbit_loss(self.model, graph, self.spin_orbit_bound, generator)
         return loss.double()
 
+    def _shaken_cells(self, count: int, rng: np.random.Generator) -> list[ShakenCell]:
+        """This process's share of `count` labelled crystals with other positions, volumes and moments."""
+        if not self.crystals:
+            return []
+        weights = np.array([crystal.weight for crystal in self.crystals])
+        drawn = rng.choice(len(weights), size=count, p=weights / weights.sum())
+        return self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
+
     def _spin_free_restraint(
-        self, labels: list[LabelBatch], mine: LabelBatch, seed: int, generator: torch.Generator
+        self, labels: list[LabelBatch], mine: LabelBatch, generator: torch.Generator
     ) -> torch.Tensor:
-        """The part of the restraint that does not ask for spin-orbit coupling."""
+        """Moments beyond the labels' and expanded crystals, without spin-orbit coupling."""
         whole = mine if self.processes.count == 1 else LabelBatch.collate(labels)
         probe: Probe = make_probe(self.model, whole, generator)
         if self.processes.count > 1:
             probe = part_of_probe(probe, self.processes.share(range(len(labels))))
-        loss = restraint_loss(self.model, probe)
-        if self.crystals:
-            rng = np.random.default_rng(seed)
-            weights = np.array([crystal.weight for crystal in self.crystals])
-            drawn = rng.choice(len(weights), size=len(labels), p=weights / weights.sum())
-            cells = self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
-            # Many walks fall within a few steps: shorter ones at random halve the cost.
-            steps = int(rng.integers(1, LONGEST_WALK, endpoint=True))
-            loss = loss + floor_loss(self.model, walk_downhill(self.model, cells, steps))
-        return loss
+        return restraint_loss(self.model, probe)
 
 
 def _mean_loss(

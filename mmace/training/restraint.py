@@ -343,21 +343,20 @@ def floor_loss(model: MagneticMACE, cells: Sequence[ShakenCell]) -> torch.Tensor
     return _penalty(torch.relu(floors - energies) / FLOOR_TOLERANCE).mean()
 
 
-def spin_orbit_loss(model: MagneticMACE, batch: LabelBatch, bound: float, generator: torch.Generator) -> torch.Tensor:
+def spin_orbit_loss(model: MagneticMACE, graph: Graph, bound: float, generator: torch.Generator) -> torch.Tensor:
     """Penalty for spin-orbit energies beyond `bound`, per structure, with all moments turned together at random.
 
     Parameters
     ----------
     model : MagneticMACE
         The potential.
-    batch : LabelBatch
+    graph : Graph
         Structures.
     bound : float
         Largest energy of spin-orbit coupling that is not penalised, eV/atom.
     generator : torch.Generator
         Source of randomness, on the CPU.
     """
-    graph = batch.graph
     normal = torch.randn(ROTATIONS, 3, 3, generator=generator, dtype=torch.float64)
     rotations = torch.linalg.qr(normal).Q.to(graph.positions)
     geometry = model.geometry(replace(graph, soc=torch.ones_like(graph.soc)))
