@@ -27,7 +27,7 @@ from mmace.training.distributed import Processes, part_of_probe
 from mmace.training.finetune import check_labels, energy_shifts, finetune_recipe, shifted, starting_model
 from mmace.training.loop import Start
 from mmace.training.recipe import RecipeError
-from mmace.training.restraint import make_probe, restraint_loss
+from mmace.training.restraint import make_probe, restraint_loss, spin_orbit_loss
 
 CONFIG = ModelConfig(
     elements=("Al", "Fe"),
@@ -233,6 +233,23 @@ def test_the_spin_orbit_part_alone_keeps_its_bound_elsewhere(labels, tmp_path):
         without = predict(tuned, elsewhere)
         largest.append(max(abs(a.energy - b.energy) for a, b in zip(with_coupling, without, strict=True)))
     assert largest[1] < 0.7 * largest[0]
+
+
+def test_spin_orbit_energies_are_bounded_in_shaken_crystals_too(labels, tmp_path, monkeypatch):
+    seen = []
+
+    def recorded(model, graph, bound, generator):
+        seen.append(graph.counts.tolist())
+        return spin_orbit_loss(model, graph, bound, generator)
+
+    monkeypatch.setattr("mmace.training.loop.spin_orbit_loss", recorded)
+    for part in ("all", "spin_orbit"):
+        recipe = replace(RECIPE, part=part, epochs=1, restrain_every=1)
+        train(labels["train"], labels["valid"], recipe, tmp_path / part, start=Start(strong_spin_orbit(3)))
+        assert seen
+        for counts in seen:
+            assert sum(count == 2 for count in counts) == sum(count >= 4 for count in counts) == len(counts) / 2
+        seen.clear()
 
 
 def test_a_restart_forgets_the_spin_orbit_weights_alone(labels, tmp_path):
