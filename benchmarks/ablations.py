@@ -236,7 +236,7 @@ def main() -> None:
     splits = read_splits(folder / "splits.json")
     recipe = Recipe.from_dict(json.loads((HERE / "recipe.json").read_text()))
     console = Console(stderr=True)
-    result: dict[str, Any] = {"steps": args.steps, "seeds": args.seeds, "rows": []}
+    result: dict[str, Any] = {"steps": args.steps, "rows": []}
     for seed, (number, variant) in itertools.product(range(args.seeds), enumerate(VARIANTS)):
         if args.only and number + 1 not in args.only:
             continue
