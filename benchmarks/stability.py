@@ -46,6 +46,7 @@ from mmace.derivatives import Evaluation, evaluate
 from mmace.errors import StructureError
 from mmace.files import whole_file
 from mmace.graph import Graph
+from mmace.io import weights_hash
 from mmace.model import MagneticMACE
 from mmace.training.batches import graph_of
 from mmace.training.restraint import Crystal as ShakenCrystal
@@ -409,7 +410,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     calculator = MMACECalculator(args.model, soc=False)
-    result: dict[str, Any] = {"system": args.system, "model": calculator.provenance()["hash"]}
+    result: dict[str, Any] = {
+        "system": args.system,
+        "model": calculator.provenance()["hash"],
+        "weights_without_spin_orbit": [weights_hash(model, spin_orbit=False) for model in calculator.models],
+    }
     labelled, others = labelled_crystals(args.system), other_crystals(args.system)
     wanted = (labelled if args.cells or args.walks else {}) | (labelled | others if args.harder_cells else {})
     grounds = {name: ground_state(crystal, calculator) for name, crystal in wanted.items()}

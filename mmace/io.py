@@ -144,10 +144,21 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def weights_hash(model: MagneticMACE) -> str:
-    """SHA-256 over the settings and weights of a model that is in no file."""
+def weights_hash(model: MagneticMACE, spin_orbit: bool = True) -> str:
+    """SHA-256 over the settings and weights of a model that is in no file.
+
+    Parameters
+    ----------
+    model : MagneticMACE
+        The potential.
+    spin_orbit : bool
+        Whether the weights of spin-orbit coupling count; without them the hash tells whether two models agree on
+        everything that has none.
+    """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
+        if ".spin_orbit." in name and not spin_orbit:
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -69,8 +69,10 @@ def frames_of(model, symbols, count, parent, seed, soc=False):
             result = evaluate(model, graph, forces=True, stress=True, magnetic_forces=True)
             frame.info.update({"soc": int(soc), "parent": parent, "name": f"{parent}-{k}-{d}"})
             if soc:
+                # random weights have an anisotropy that is hardly above rounding
+                change = float(result.energy - evaluate(model, replace(graph, soc=0 * graph.soc)).energy)
                 frame.info["anisotropy_group"] = f"{parent}-group-{k}"
-                frame.calc = SinglePointCalculator(frame, energy=float(result.energy))
+                frame.calc = SinglePointCalculator(frame, energy=1e7 * change)
             else:
                 frame.calc = SinglePointCalculator(
                     frame,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mmace.calculator import MMACECalculator
 from mmace.errors import ModelFileError
-from mmace.io import file_hash, load_model, model_files, read_metadata, save_model
+from mmace.io import file_hash, load_model, model_files, read_metadata, save_model, weights_hash
 
 from .potentials import batch, random_model
 
@@ -107,3 +107,16 @@ def test_committees(tmp_path: Path) -> None:
         model_files("nonsense")
     with pytest.raises(ModelFileError, match="no model file"):
         model_files(tmp_path / "absent.json")
+
+
+def test_a_hash_may_leave_out_spin_orbit_coupling() -> None:
+    model = random_model()
+    whole, without = weights_hash(model), weights_hash(model, spin_orbit=False)
+    assert whole != without
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        next(value for name, value in weights.items() if ".spin_orbit." in name).add_(0.1)
+        assert weights_hash(model) != whole
+        assert weights_hash(model, spin_orbit=False) == without
+        next(value for name, value in weights.items() if ".spin_orbit." not in name).add_(0.1)
+    assert weights_hash(model, spin_orbit=False) != without
