@@ -157,7 +157,7 @@ def run(
     parts["train"] = filled(known, steps // ROUNDS, recipe.batch_size)
     if variant.turned:
         copies = {"train": 1, "valid": 1, "test": TURNS}
-        parts = {part: turned(some, copies[part], seed) for seed, (part, some) in enumerate(parts.items())}
+        parts = {part: turned(some, copies[part], k) for k, (part, some) in enumerate(parts.items())}
     settings = replace(
         recipe,
         model={**recipe.model, **variant.model},

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from .errors import ModelFileError
 from .files import whole_file
-from .model import MagneticMACE, ModelConfig
+from .model import MagneticMACE, ModelConfig, is_spin_orbit
 
 FORMAT = "mmace-model-1"
 
@@ -74,7 +74,7 @@ def _config_of(settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     """Settings of a saved model."""
     config = ModelConfig.from_dict(settings)
     # files from when a model without the products had no spin-orbit part either, whatever its settings say
-    if not config.products and not any(".spin_orbit." in name for name in tensors):
+    if not config.products and not any(map(is_spin_orbit, tensors)):
         return replace(config, spin_orbit=False)
     return config
 
@@ -157,7 +157,7 @@ def weights_hash(model: MagneticMACE, spin_orbit: bool = True) -> str:
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
-        if ".spin_orbit." in name and not spin_orbit:
+        if is_spin_orbit(name) and not spin_orbit:
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

@@ -150,6 +150,11 @@ class Layer(nn.Module):
         return self.update(contracted.view(n_spins, n_atoms, k)) + kept
 
 
+def is_spin_orbit(name: str) -> bool:
+    """Whether a weight of a model, by its name, belongs to the part that only spin-orbit coupling asks for."""
+    return ".spin_orbit." in name
+
+
 class MagneticMACE(nn.Module):
     """Equivariant potential of positions and atomic moments.
 

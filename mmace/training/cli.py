@@ -24,7 +24,7 @@ from .evaluate import predict, report, table
 from .finetune import finetune_recipe, starting_model
 from .loop import Outcome, Start, train
 from .plot import plot_log
-from .recipe import Recipe, read_recipe
+from .recipe import PARTS, Recipe, read_recipe
 
 STAGE_NOTES = ("mmace_version", "recipe", "seed", "bootstrap", "labels", "replay", "finetuned_from", "best_epoch")
 
@@ -59,9 +59,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     tune.add_argument("--from", dest="model", default="default", metavar="MODEL", help="shipped name or file")
     _add_label_options(tune)
     tune.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: the model's own, ten times slower)")
-    tune.add_argument(
-        "--part", choices=("all", "spin_orbit"), help="weights to change (default: the recipe's choice, or all)"
-    )
+    tune.add_argument("--part", choices=PARTS, help="weights to change (default: the recipe's choice, or all)")
     tune.add_argument("--seed", type=int, default=0, help="of the order of labels (default %(default)s)")
     tune.add_argument("--replay", nargs="+", metavar="FILE", default=[], help="labels that must not be forgotten")
     tune.add_argument("--replay-splits", nargs="+", metavar="FILE", help="replay the training parents of these alone")

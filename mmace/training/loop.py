@@ -20,7 +20,7 @@ from ..errors import LabelError, MMACEError
 from ..files import whole_file
 from ..graph import Graph
 from ..io import save_model, weights_hash
-from ..model import MagneticMACE, ModelConfig
+from ..model import MagneticMACE, ModelConfig, is_spin_orbit
 from .batches import DirectionBatch, LabelBatch, ground_energies
 from .checkpoint import read_checkpoint, write_checkpoint
 from .distributed import Processes, current_processes, part_of_probe
@@ -208,13 +208,13 @@ class _Run:
             if recipe.restart and saved is None:
                 restart_spin_orbit(self.model, seed)
             for name, weights in self.model.named_parameters():
-                weights.requires_grad_(".spin_orbit." in name)
+                weights.requires_grad_(is_spin_orbit(name))
         self.model.to(device)
         self.average = {name: value.detach().clone() for name, value in self.model.named_parameters()}
         self.best = {name: value.clone() for name, value in self.average.items()}
         named = dict(self.model.named_parameters())
-        spin_orbit = [p for name, p in named.items() if ".spin_orbit." in name]
-        others = [p for name, p in named.items() if ".spin_orbit." not in name and not name.startswith("one_body.")]
+        spin_orbit = [p for name, p in named.items() if is_spin_orbit(name)]
+        others = [p for name, p in named.items() if not is_spin_orbit(name) and not name.startswith("one_body.")]
         self.optimiser = torch.optim.AdamW(
             [
                 {"params": list(self.model.one_body.parameters()), "weight_decay": 0.0},
@@ -509,7 +509,8 @@ class _StepLoss(torch.nn.Module):
         total = 0.0 * next(weights for weights in self.model.parameters() if weights.requires_grad).sum().double()
         terms = np.zeros(len(TERMS))
         parts: list[tuple[LabelBatch | DirectionBatch, float]] = []
-        fitted = self.processes.share([label for label in labels if self._learns_from(label)])
+        mine = self.processes.share(labels)
+        fitted = [label for label in mine if self._learns_from(label)]
         if fitted:
             parts.append((LabelBatch.collate(fitted), len(fitted) / len(labels)))
         my_groups = self.processes.share(groups)
@@ -519,31 +520,29 @@ class _StepLoss(torch.nn.Module):
             loss = _mean_loss(self.model, part, self.recipe)
             total = total + self.processes.count * share * loss.total()
             terms += [share * float(getattr(loss, name).detach()) for name in TERMS]
-        mine = self.processes.share(labels)
         if mine and seed is not None:
-            restraint = self._restraint(labels, LabelBatch.collate(mine), seed)
-            total = total + self.processes.count * len(mine) / len(labels) * restraint
+            total = total + self.processes.count * len(mine) / len(labels) * self._restraint(labels, mine, seed)
         return total, terms
 
     def _learns_from(self, label: LabelBatch) -> bool:
         """Whether a label says anything about the weights that change."""
         return self.recipe.part == "all" or bool(label.graph.soc.any())
 
-    def _restraint(self, labels: list[LabelBatch], mine: LabelBatch, seed: int) -> torch.Tensor:
+    def _restraint(self, labels: list[LabelBatch], mine: list[LabelBatch], seed: int) -> torch.Tensor:
         """Restraint per structure of this process; random numbers are those of the whole batch."""
         generator = torch.Generator().manual_seed(seed)
         rng = np.random.default_rng(seed)
         cells = self._shaken_cells(len(labels), rng)
         loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
         if self.recipe.part == "all":
-            loss = loss + self._spin_free_restraint(labels, mine, generator)
+            loss = loss + self._spin_free_restraint(labels, generator)
             if cells:
                 # Many walks fall within a few steps: shorter ones at random halve the cost.
                 steps = int(rng.integers(1, LONGEST_WALK, endpoint=True))
                 loss = loss + floor_loss(self.model, walk_downhill(self.model, cells, steps))
         if self.spin_orbit_bound > 0:
             shaken = [cell.graph.to(self.model.device) for cell in cells]
-            graph = Graph.collate([mine.graph, *shaken])
+            graph = Graph.collate([*(label.graph for label in mine), *shaken])
             loss = loss + spin_orbit_loss(self.model, graph, self.spin_orbit_bound, generator)
         return loss.double()
 
@@ -555,12 +554,9 @@ class _StepLoss(torch.nn.Module):
         drawn = rng.choice(len(weights), size=count, p=weights / weights.sum())
         return self.processes.share([shake(self.crystals[k], self.model, rng) for k in drawn])
 
-    def _spin_free_restraint(
-        self, labels: list[LabelBatch], mine: LabelBatch, generator: torch.Generator
-    ) -> torch.Tensor:
+    def _spin_free_restraint(self, labels: list[LabelBatch], generator: torch.Generator) -> torch.Tensor:
         """Moments beyond the labels' and expanded crystals, without spin-orbit coupling."""
-        whole = mine if self.processes.count == 1 else LabelBatch.collate(labels)
-        probe: Probe = make_probe(self.model, whole, generator)
+        probe: Probe = make_probe(self.model, LabelBatch.collate(labels), generator)
         if self.processes.count > 1:
             probe = part_of_probe(probe, self.processes.share(range(len(labels))))
         return restraint_loss(self.model, probe)

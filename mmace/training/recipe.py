@@ -20,6 +20,7 @@ MEASURED = ("elements", "moment_scale", "carriers", "atomic_energies", "energy_s
 REST = "others"
 MODEL_SETTINGS = tuple(f.name for f in fields(ModelConfig) if f.name not in MEASURED)
 
+PARTS = ("all", "spin_orbit")
 BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "groups_per_step", "validate_every", "patience"), lambda x: x >= 1, "at least 1"),
     (("learning_rate", "clip"), lambda x: x > 0, "above 0"),
@@ -159,8 +160,8 @@ class Recipe:
             raise RecipeError(
                 f"the recipe's model has no setting {unknown[0]}: choose among {', '.join(MODEL_SETTINGS)}."
             )
-        if self.part not in ("all", "spin_orbit"):
-            raise RecipeError(f"the recipe trains the part {self.part}: choose all or spin_orbit.")
+        if self.part not in PARTS:
+            raise RecipeError(f"the recipe trains the part {self.part}: choose {' or '.join(PARTS)}.")
         if self.restart and self.part == "all":
             raise RecipeError(
                 "the recipe restarts all weights: use `mmace train`, or restart the part spin_orbit alone."

@@ -13,7 +13,7 @@ from ..blocks import MomentBasis
 from ..data import LabelledStructure, groups_of
 from ..errors import LabelError
 from ..graph import Graph
-from ..model import MagneticMACE, ModelConfig
+from ..model import MagneticMACE, ModelConfig, is_spin_orbit
 from .batches import DirectionBatch
 from .loss import direction_energies
 from .recipe import Recipe
@@ -80,7 +80,7 @@ def restart_spin_orbit(model: MagneticMACE, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weights in model.named_parameters():
-            if ".spin_orbit." in name:
+            if is_spin_orbit(name):
                 size = weights.square().mean().sqrt()
                 weights.copy_(size * torch.randn(weights.shape, generator=generator, dtype=torch.float64))
 
