@@ -9,6 +9,8 @@ from mmace_props.errors import did_you_mean
 from .errors import BenchmarkError
 from .systems import System, read_json
 
+AXES = ("x", "y", "z")
+
 
 @dataclass(frozen=True)
 class Crystal:
@@ -44,7 +46,8 @@ class Derivation:
     combinations : factors of other values, by quantity.
     labels : file, first label, and the one at the same positions that is taken off, by quantity.
     moments : frame and site whose moment it is, by quantity.
-    anisotropy : group of directions of a test parent, by quantity.
+    anisotropy : group of directions, and the two Cartesian axes (x, y or z) whose energies are compared, the second
+        taken off, by quantity.
     magnetoelastic : groups at one volume under small tetragonal strains, by quantity.
     """
 
@@ -53,7 +56,7 @@ class Derivation:
     combinations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     labels: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     moments: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    anisotropy: Mapping[str, str] = field(default_factory=dict)
+    anisotropy: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     magnetoelastic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -81,7 +84,7 @@ def read_derivation(system: System) -> Derivation:
             {key: {k: float(v) for k, v in entry.items()} for key, entry in tables.get("combinations", {}).items()},
             {key: _texts(entry, 3) for key, entry in tables.get("labels", {}).items()},
             {key: (str(frame), int(site)) for key, (frame, site) in tables.get("moments", {}).items()},
-            {key: _texts([entry], 1)[0] for key, entry in tables.get("anisotropy", {}).items()},
+            {key: _pair_of_axes(entry) for key, entry in tables.get("anisotropy", {}).items()},
             {key: _texts(entry, len(entry)) for key, entry in tables.get("magnetoelastic", {}).items()},
         )
     except (AttributeError, TypeError, ValueError) as error:
@@ -98,6 +101,13 @@ def _crystal(a: float, atoms: int, mesh_noise: float) -> Crystal:
     if min(a, atoms, mesh_noise) <= 0:
         raise ValueError("a crystal needs a positive lattice constant, number of atoms and mesh noise")
     return Crystal(float(a), int(atoms), float(mesh_noise))
+
+
+def _pair_of_axes(entry: Any) -> tuple[Any, ...]:
+    group, *axes = _texts(entry, 3)
+    if not set(axes) <= set(AXES):
+        raise ValueError(f"{entry!r} names axes that are none of {', '.join(AXES)}")
+    return (group, *axes)
 
 
 def _texts(entry: Any, count: int) -> tuple[Any, ...]:

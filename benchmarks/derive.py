@@ -22,7 +22,7 @@ from mmace_props.protocol import moments_of
 from scipy.optimize import curve_fit
 
 from .calculate import GPA
-from .derivation import Crystal, Derivation, read_derivation
+from .derivation import AXES, Crystal, Derivation, read_derivation
 from .errors import BenchmarkError
 from .systems import System
 
@@ -541,25 +541,28 @@ def _unstrained(atoms: Atoms) -> np.ndarray:
 
 
 def anisotropy_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]]:
-    """E[100] − E[001] of groups of directions of test parents, and B1 from groups at one volume, in label settings."""
-    path = system.folder / "data" / "gpaw_soc.extxyz"
-    if not path.exists():
-        return {}
-    groups: dict[str, list[Atoms]] = {}
-    for atoms in ase.io.read(path, ":"):
-        groups.setdefault(str(atoms.info["parent"]), []).append(atoms)
+    """Differences of E(n) from groups of directions that no model learned from, and B1 from groups at one volume."""
+    groups, references = (
+        _groups(system.folder / folder, pattern)
+        for folder, pattern in (("data", "gpaw_soc*.extxyz"), ("references", "anisotropy.extxyz"))
+    )
     tested = system.test_parents
+    unseen = {**{p: frames for p, frames in groups.items() if p in tested}, **references}
     values: dict[str, dict[str, Any]] = {}
-    for name, parent in tables.anisotropy.items():
-        if parent in groups and parent in tested:
-            _, gap = axial_anisotropy(groups[parent])
-            source = f"{FORCE_THEOREM}; label of a test parent, {parent}; uncertainty: {FORCE_MESH}"
-            values[name] = _entry(gap, 0.0, OWN, source)
+    for name, (parent, first, last) in tables.anisotropy.items():
+        if parent in unseen:
+            energies = axis_energies(unseen[parent])
+            gap = energies[AXES.index(first)] - energies[AXES.index(last)]
+            share = len(unseen[parent][0]) if system.quantities[name].unit.endswith("/atom") else 1
+            what = "reference" if parent in references else "label of a test parent"
+            source = f"{FORCE_THEOREM}; {what}, {parent}; uncertainty: {FORCE_MESH}"
+            values[name] = _entry(gap / share, 0.0, OWN, source)
     for name, parents in tables.magnetoelastic.items():
         if all(p in groups for p in parents):
-            points = np.array([axial_anisotropy(groups[p]) for p in parents])
+            strains = np.array([_axial_strain(groups[p][0]) for p in parents])
+            energies = np.array([axis_energies(groups[p]) for p in parents])
             volume = groups[parents[0]][0].get_volume()
-            value, error = magnetoelastic(points[:, 0], 1e-6 * points[:, 1] / volume)
+            value, error = magnetoelastic(strains, 1e-6 * (energies[:, 0] - energies[:, 2]) / volume)
             which = ", ".join(f"{p} ({'test' if p in tested else 'training'})" for p in parents)
             kind = OWN if all(p in tested for p in parents) else SEEN
             source = (
@@ -590,15 +593,37 @@ def label_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]
     return values
 
 
-def axial_anisotropy(frames: Sequence[Atoms]) -> tuple[float, float]:
-    """ln(c/a) of a tetragonal crystal, and E[100] − E[001] of its directions in µeV/cell."""
-    x, z = _extents(frames[0])
+def axis_energies(frames: Sequence[Atoms]) -> np.ndarray:
+    """Energies (3,) with the moments along x, y and z above the lowest of all directions, µeV/cell.
+
+    Raises
+    ------
+    BenchmarkError : the group has no such direction.
+    """
     moments = np.array([moments_of(a) for a in frames])
     site = int(np.linalg.norm(moments[0], axis=1).argmax())
     n = moments[:, site] / np.linalg.norm(moments[:, site], axis=1)[:, None]
     energy = np.array([a.get_potential_energy() for a in frames])
-    first, last = np.abs(n[:, 0]) > 0.999, np.abs(n[:, 2]) > 0.999
-    return float(np.log(z / x)), float(1e6 * (energy[first].mean() - energy[last].mean()))
+    energy -= energy.min()
+    along = np.abs(n) > 0.999
+    if not along.any(axis=0).all():
+        raise BenchmarkError(f"group '{frames[0].info['parent']}' has no direction along x, y or z; add it to its plan")
+    return np.array([1e6 * energy[chosen].mean() for chosen in along.T])
+
+
+def _axial_strain(atoms: Atoms) -> float:
+    """ln(c/a) of a tetragonal crystal."""
+    x, z = _extents(atoms)
+    return float(np.log(z / x))
+
+
+def _groups(folder: Path, pattern: str) -> dict[str, list[Atoms]]:
+    """Frames of the anisotropy groups in a folder's files, by parent."""
+    groups: dict[str, list[Atoms]] = {}
+    for path in sorted(folder.glob(pattern)):
+        for atoms in ase.io.read(path, ":"):
+            groups.setdefault(str(atoms.info["parent"]), []).append(atoms)
+    return groups
 
 
 def magnetoelastic(strain: np.ndarray, energy: np.ndarray) -> tuple[float, float]:

@@ -32,7 +32,15 @@ from mmace_bench.calculate import (
 )
 from mmace_bench.cli import main
 from mmace_bench.derivation import Derivation, read_derivation
-from mmace_bench.derive import all_values, derived_values, equation_of_state, frozen_phonon, hill_shear, magnetoelastic
+from mmace_bench.derive import (
+    all_values,
+    axis_energies,
+    derived_values,
+    equation_of_state,
+    frozen_phonon,
+    hill_shear,
+    magnetoelastic,
+)
 from mmace_bench.errors import BenchmarkError
 from mmace_bench.rendering import html
 from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, curve_of, figures, reference_points
@@ -734,6 +742,7 @@ def test_orders_at_one_volume_need_no_curve():
         ({"crystals": {"Fe": {"a": 2.83}}}, "missing"),
         ({"combinations": {"Fe.spiral.H": {"Fe.angle.60": "much"}}}, "much"),
         ({"moments": {"Fe.spiral.H": ["a"]}}, "unpack"),
+        ({"anisotropy": {"Fe.spiral.H": ["a", "x", "w"]}}, "none of x, y, z"),
         ([], "cannot be read"),
     ],
 )
@@ -765,6 +774,21 @@ def test_values_from_labels_of_the_training_are_told_from_own_dft():
     found = all_values(read_system("FeAl"))
     assert {found[key]["kind"] for key in ("Fe.angle.60", "FeAl.moment.1.20", "Fe.B1")} == {"training label"}
     assert {found[key]["kind"] for key in ("Fe.fm.B0", "Fe.stretched.anisotropy")} == {"own DFT"}
+
+
+def test_energies_along_the_axes_are_those_of_their_directions():
+    """A biaxial crystal whose directions come in any order; the sign of a direction does not matter."""
+    hard = np.array([3e-6, 8e-6, 1e-6])
+    frames = []
+    for n in (np.eye(3)[1], -np.eye(3)[0], np.array([0.6, 0.0, 0.8]), np.eye(3)[2]):
+        atoms = Atoms("CrN", cell=[3, 4, 5], scaled_positions=[[0] * 3, [0.5] * 3], pbc=True, info={"parent": "p"})
+        atoms.set_initial_magnetic_moments([2.4 * n, np.zeros(3)])
+        atoms.calc = SinglePointCalculator(atoms, energy=-7.0 + n**2 @ hard)
+        frames.append(atoms)
+    energies = axis_energies(frames)
+    assert energies - energies[2] == pytest.approx([2.0, 7.0, 0.0], abs=1e-6)
+    with pytest.raises(BenchmarkError, match="no direction along"):
+        axis_energies(frames[1:])
 
 
 def test_magnetoelastic_slope_is_that_without_strain():
