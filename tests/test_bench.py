@@ -34,6 +34,7 @@ from mmace_bench.cli import main
 from mmace_bench.derivation import Derivation, read_derivation
 from mmace_bench.derive import (
     all_values,
+    anisotropy_values,
     axis_energies,
     derived_values,
     equation_of_state,
@@ -774,6 +775,12 @@ def test_values_from_labels_of_the_training_are_told_from_own_dft():
     found = all_values(read_system("FeAl"))
     assert {found[key]["kind"] for key in ("Fe.angle.60", "FeAl.moment.1.20", "Fe.B1")} == {"training label"}
     assert {found[key]["kind"] for key in ("Fe.fm.B0", "Fe.stretched.anisotropy")} == {"own DFT"}
+
+
+def test_groups_that_trained_give_no_reference_of_the_anisotropy():
+    quantity, system = "CrN.fm.stretched.anisotropy", read_system("CrN")
+    assert list(anisotropy_values(system, Derivation(anisotropy={quantity: ("soc-CrN-FM-0", "x", "z")}))) == [quantity]
+    assert anisotropy_values(system, Derivation(anisotropy={quantity: ("soc-CrN-FM-1", "x", "z")})) == {}
 
 
 def test_energies_along_the_axes_are_those_of_their_directions():
