@@ -6,7 +6,7 @@ Which of them make which quantity stands in `references/derivation.json`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -542,10 +542,8 @@ def _unstrained(atoms: Atoms) -> np.ndarray:
 
 def anisotropy_values(system: System, tables: Derivation) -> dict[str, dict[str, Any]]:
     """Differences of E(n) from groups of directions that no model learned from, and B1 from groups at one volume."""
-    groups, references = (
-        _groups(system.folder / folder, pattern)
-        for folder, pattern in (("data", "gpaw_soc*.extxyz"), ("references", "anisotropy.extxyz"))
-    )
+    groups = _groups(system.folder.glob("data/gpaw_soc*.extxyz"))
+    references = _groups(system.folder.glob("references/anisotropy.extxyz"))
     tested = system.test_parents
     unseen = {**{p: frames for p, frames in groups.items() if p in tested}, **references}
     values: dict[str, dict[str, Any]] = {}
@@ -617,10 +615,10 @@ def _axial_strain(atoms: Atoms) -> float:
     return float(np.log(z / x))
 
 
-def _groups(folder: Path, pattern: str) -> dict[str, list[Atoms]]:
-    """Frames of the anisotropy groups in a folder's files, by parent."""
+def _groups(paths: Iterable[Path]) -> dict[str, list[Atoms]]:
+    """Frames of the anisotropy groups in some files, by parent."""
     groups: dict[str, list[Atoms]] = {}
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted(paths):
         for atoms in ase.io.read(path, ":"):
             groups.setdefault(str(atoms.info["parent"]), []).append(atoms)
     return groups
