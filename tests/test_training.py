@@ -36,7 +36,7 @@ from mmace.training import (
 from mmace.training.batches import DirectionBatch, LabelBatch, ground_energies
 from mmace.training.checkpoint import read_checkpoint
 from mmace.training.evaluate import _binned_ratios
-from mmace.training.loop import _redrawn
+from mmace.training.loop import Start, _redrawn
 from mmace.training.loss import direction_loss, label_loss
 from mmace.training.restraint import floor_energies
 from mmace.training.setup import reference_energies
@@ -789,6 +789,31 @@ def test_bootstrap_trains_on_other_draws(labels, whole_run, tmp_path):
     assert same(weights_of(of_one_parent.model), weights_of(whole_run[1].model))
 
 
+def test_canted_labels_repeat_within_an_epoch(teacher, labels, tmp_path):
+    """Three times each canted label is what a list that holds it three times gives, to the last bit."""
+    canted = [x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al") and x.anisotropy_group is None]
+    listed = [*labels["train"], *canted, *canted]
+
+    def weights(train_labels, **settings):
+        settings = recipe(restrain_every=0, learning_rate=1e-3, **settings)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return weights_of(train(train_labels, labels["valid"], settings, folder, start=Start(teacher)).model)
+
+    repeated = weights(labels["train"], canted_repeats=3)
+    assert len(canted) == 3
+    assert same(repeated, weights(listed))
+    assert not same(repeated, weights(labels["train"]))
+
+
+@pytest.mark.parametrize(
+    ("second", "canted"), [((0, 0, 1.5), False), ((0, 0, -2), False), ((0, 0, 0), False), ((0.1, 0, 1.5), True)]
+)
+def test_antiparallel_moments_are_not_canted(teacher, labels, second, canted):
+    label = next(x for x in labels["train"] if x.symbols == ("Fe", "Fe", "Al"))
+    moments = np.array([(0, 0, 1.2), second, (0, 0, 0)])
+    assert LabelBatch.of(replace(label, moments=moments), teacher, TOLERANCES).canted == canted
+
+
 def test_bootstrap_draws_whole_parents():
     parents = ["a"] * 3 + ["b"] * 2 + ["c", "d", "e", "f"]
     draws = [_redrawn(list(range(9)), parents, np.random.default_rng(seed)) for seed in range(20)]
@@ -921,6 +946,7 @@ def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         ({"tolerances": {"energy": 0.0}}, "energy is 0.0: it must be above 0"),
         ({"learning_rate": -1}, "learning_rate is -1: it must be above 0"),
         ({"least_stiffness": 0}, "least_stiffness is 0: give a number above 0"),
+        ({"canted_repeats": 0}, "canted_repeats is 0: it must be at least 1"),
         ({"shake_weight": -1.0}, "shake_weight is -1.0: give a number above 0"),
         ({"least_stiffness": [1.0]}, r"least_stiffness is \[1.0\]: give a number above 0"),
         ({"least_stiffness": {"Al": "soft", "others": 1}}, "least_stiffness is 'soft': give a number above 0"),

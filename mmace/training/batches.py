@@ -129,6 +129,11 @@ class LabelBatch:
             transverse=torch.tensor(np.where(along_alone, 0.0, tolerances.transverse), dtype=dtype),
         )
 
+    @property
+    def canted(self) -> bool:
+        """Whether the moments of this one structure span more than an axis."""
+        return bool((torch.linalg.svdvals(self.graph.moments)[1:] > SMALL_MOMENT).any())
+
     @classmethod
     def collate(cls, batches: Sequence[LabelBatch]) -> LabelBatch:
         """One batch that holds all of `batches`."""

@@ -237,6 +237,7 @@ class _Run:
             grouped = [group[0].parent for group in groups_of(train_labels)]
             self.labels = _redrawn(self.labels, single, self._rng(LABEL_STREAM))
             self.groups = _redrawn(self.groups, grouped, self._rng(GROUP_STREAM))
+        self.labels = self.labels + [label for label in self.labels if label.canted] * (recipe.canted_repeats - 1)
         self.replayed, self.replayed_groups = self._replay_counts()
         self.steps_per_epoch = max(
             math.ceil((len(self.labels) + self.replayed) / recipe.batch_size),

@@ -22,7 +22,11 @@ MODEL_SETTINGS = tuple(f.name for f in fields(ModelConfig) if f.name not in MEAS
 
 PARTS = ("all", "spin_orbit")
 BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("epochs", "batch_size", "groups_per_step", "validate_every", "patience"), lambda x: x >= 1, "at least 1"),
+    (
+        ("epochs", "batch_size", "groups_per_step", "validate_every", "canted_repeats", "patience"),
+        lambda x: x >= 1,
+        "at least 1",
+    ),
     (("learning_rate", "clip"), lambda x: x > 0, "above 0"),
     (
         ("final_learning_rate", "warmup_steps", "weight_decay", "spin_orbit_decay", "restrain_every"),
@@ -116,6 +120,9 @@ class Recipe:
     shake_weight : float or mapping of str to float
         Chance of each labelled crystal to be the one displaced, relative to others, one number or one for each formula
         and one for the `others`: more where the surface still falls below that floor.
+    canted_repeats : int
+        Times that an epoch holds each label whose moments are not all along one axis: such labels are dear and few, and
+        energies between canted moments follow from nothing else.
     part : str
         Which weights change: `all`, or those of the `spin_orbit` part alone, which leaves everything that the model
         says without spin-orbit coupling as it is.
@@ -146,6 +153,7 @@ class Recipe:
     restrain_every: int = 2
     least_stiffness: float | Mapping[str, float] = 0.5
     shake_weight: float | Mapping[str, float] = 1.0
+    canted_repeats: int = 1
     part: str = "all"
     restart: bool = False
     keep: str = "best"
