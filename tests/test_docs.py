@@ -39,6 +39,8 @@ def test_stored_results_are_of_the_shipped_model():
     benchmarks = DOCS.parent / "benchmarks"
     members = {f"default-{k}.safetensors": member.provenance()["hash"] for k, member in enumerate(calculator.members)}
     spin_free = [weights_hash(model, spin_orbit=False) for model in calculator.models]
+    tilts = (benchmarks / "FeAl" / "tilts.md").read_text()
+    assert whole in tilts, "run benchmarks/tilts_against_labels.py"
     for system in ("FeAl", "CrN"):
         page = (benchmarks / system / "anisotropy.md").read_text()
         assert whole in page, "run benchmarks/anisotropy_against_labels.py"
