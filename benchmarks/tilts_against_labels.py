@@ -19,6 +19,7 @@ from mmace.files import whole_file
 SYSTEM = Path(__file__).parent / "FeAl"
 SAME_LENGTH = 5e-3  # Å
 SAME_MOMENT = 5e-3  # µB
+SAME_DIRECTION = 1.0  # degrees
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,17 @@ def angle_between(moments: np.ndarray) -> float:
 
 def tilts(labels: Sequence[LabelledStructure], ends: Sequence[LabelledStructure]) -> list[Tilt]:
     """Labels of two equal tilted moments whose parallel state is among `ends`, by cell and angle."""
+    parallel = [end for end in ends if angle_between(end.moments) < SAME_DIRECTION]
     found = []
     for label in labels:
         lengths = np.linalg.norm(label.moments, axis=1)
         if len(label) != 2 or abs(lengths[0] - lengths[1]) > SAME_MOMENT:
             continue
-        for end in ends:
+        angle = angle_between(label.moments)
+        for end in parallel:
             same_cell = end.symbols == label.symbols and np.allclose(end.cell, label.cell, atol=SAME_LENGTH)
             same_length = abs(np.linalg.norm(end.moments[0]) - lengths[0]) < SAME_MOMENT
-            if same_cell and same_length and angle_between(end.moments) < 1.0 < (angle := angle_between(label.moments)):
+            if same_cell and same_length and angle > SAME_DIRECTION:
                 found.append(Tilt(label, end, angle))
     return sorted(found, key=lambda tilt: (tilt.label.parent, tilt.angle))
 

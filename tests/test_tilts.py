@@ -17,9 +17,9 @@ J1 = 0.021  # eV
 MOMENT = 2.2
 
 
-def frame(angle, name, symbols="Fe2", a=2.83, moment=MOMENT):
+def frame(angle, name, a=2.83, moment=MOMENT):
     """Two sublattices at an angle in degrees; each atom has eight neighbours on the other one."""
-    atoms = Atoms(symbols, scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[a, a, a], pbc=True)
+    atoms = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[a, a, a], pbc=True)
     half = np.radians(angle) / 2
     atoms.set_initial_magnetic_moments(
         moment * np.array([[np.sin(half), 0, np.cos(half)], [-np.sin(half), 0, np.cos(half)]])
@@ -53,7 +53,13 @@ def test_states_of_other_cells_or_moments_are_no_pair(labels, other):
 
 def test_unequal_moments_and_larger_cells_are_left_out(labels):
     uneven = replace(labels["tilted"], moments=labels["tilted"].moments * np.array([[1.0], [0.7]]))
-    assert not tilts([uneven], [labels["parallel"]])
+    larger = replace(
+        labels["tilted"],
+        symbols=("Fe", "Fe", "Al"),
+        positions=np.vstack([labels["tilted"].positions, [[1.4, 0, 0]]]),
+        moments=np.vstack([labels["tilted"].moments, np.zeros(3)]),
+    )
+    assert not tilts([uneven, larger], [labels["parallel"]])
 
 
 def test_angles_have_their_whole_precision_at_both_ends():
