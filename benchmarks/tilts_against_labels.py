@@ -97,19 +97,20 @@ def page(model: str) -> str:
         "| label | part | volume | moment | θ | DFT | model | DFT/(1 − cos θ) | model/(1 − cos θ) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    deviations = []
+    deviations: dict[str, list[float]] = {}
     for tilt in tilts(labels, ends):
         members = tilt.energies_of(calculator)
         mean, spread, factor = members.mean(), members.std(ddof=1), tilt.stiffness_factor
         volume = abs(np.linalg.det(tilt.label.cell)) / len(tilt.label)
         moment = np.linalg.norm(tilt.label.moments[0])
-        deviations.append(mean - tilt.energy)
+        part = splits.part_of(tilt.label)
+        deviations.setdefault(part, []).append(mean - tilt.energy)
         lines.append(
-            f"| {tilt.label.name} | {splits.part_of(tilt.label)} | {volume:.2f} | {moment:.1f} | {tilt.angle:.0f} | "
+            f"| {tilt.label.name} | {part} | {volume:.2f} | {moment:.1f} | {tilt.angle:.0f} | "
             f"{tilt.energy:.1f} | {mean:.1f} ± {spread:.1f} | {tilt.energy / factor:.0f} | {mean / factor:.0f} |"
         )
-    error = np.sqrt(np.mean(np.square(deviations)))
-    return "\n".join([*lines, "", f"All {len(deviations)}: RMSE {error:.1f} meV/atom."]) + "\n"
+    errors = [f"{len(some)} of {part} {np.sqrt(np.mean(np.square(some))):.1f}" for part, some in deviations.items()]
+    return "\n".join([*lines, "", f"Root mean square errors in meV/atom: {', '.join(errors)}."]) + "\n"
 
 
 def main() -> None:

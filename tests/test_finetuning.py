@@ -132,10 +132,12 @@ def test_a_stage_of_the_spin_orbit_part_is_no_recipe_for_all_weights():
     assert (found.learning_rate, found.restrain_every, found.part, found.restart) == (0.002, 7, "all", False)
 
 
-def test_the_floor_is_that_of_no_crystals_in_particular():
-    own = Recipe(least_stiffness={"CrN": 4.0, "others": 1.0}, shake_weight={"CrN": 5.0, "others": 1.0})
+def test_what_was_chosen_for_the_own_labels_is_not_passed_on():
+    crystals = {"CrN": 4.0, "others": 1.0}
+    own = Recipe(least_stiffness=crystals, shake_weight=crystals, canted_repeats=10)
     recipe = finetune_recipe({"recipe": json.dumps(own.to_dict())})
     assert (recipe.least_stiffness, recipe.shake_weight) == (Recipe().least_stiffness, Recipe().shake_weight)
+    assert recipe.canted_repeats == 1
 
 
 def test_validation_chooses_when_the_shipped_models_are_tuned():

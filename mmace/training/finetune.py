@@ -25,7 +25,7 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
     """Recipe of a model's training, ten times slower, shorter and less patient; validation chooses the weights.
 
     It is that of the last stage that changed all weights. The floor under shaken crystals is the general one: that of
-    the model's training was chosen for its own crystals.
+    the model's training was chosen for its own crystals. Nor are canted labels repeated as often as its own were.
 
     Parameters
     ----------
@@ -45,6 +45,7 @@ def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
         patience=PATIENCE,
         warmup_steps=WARMUP,
         validate_every=1,
+        canted_repeats=Recipe.canted_repeats,
         keep="best",
         least_stiffness=Recipe.least_stiffness,
         shake_weight=Recipe.shake_weight,
