@@ -437,7 +437,8 @@ def _with_spread(value: float, spread: float) -> tuple[str, str]:
         return _number(value), f"{spread:.2g}"
     decimals = max(0, 1 - math.floor(math.log10(spread)))
     if decimals > MOST_DECIMALS:
-        return (f"{value:.{MOST_DECIMALS}f}" if abs(value) >= 1 else f"{value:.3g}"), f"{spread:.2g}"
+        digits = len(f"{abs(value) / spread:.0f}") + 1
+        return f"{value:.{max(3, digits)}g}", f"{spread:.2g}"
     return f"{value:.{decimals}f}", f"{spread:.{decimals}f}"
 
 
