@@ -49,6 +49,7 @@ class Derivation:
     anisotropy : group of directions, and the two Cartesian axes (x, y or z) whose energies are compared, the second
         taken off, by quantity.
     magnetoelastic : groups at one volume under small tetragonal strains, by quantity.
+    sums : factors of the energies of whole cells, by frame, by quantity: formation energies of defects.
     """
 
     crystals: Mapping[str, Crystal] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Derivation:
     moments: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     anisotropy: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     magnetoelastic: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def read_derivation(system: System) -> Derivation:
@@ -81,15 +83,16 @@ def read_derivation(system: System) -> Derivation:
         found = Derivation(
             {key: _crystal(**entry) for key, entry in tables.get("crystals", {}).items()},
             {key: _texts(entry, 2) for key, entry in tables.get("spirals", {}).items()},
-            {key: {k: float(v) for k, v in entry.items()} for key, entry in tables.get("combinations", {}).items()},
+            _factors(tables.get("combinations", {})),
             {key: _texts(entry, 3) for key, entry in tables.get("labels", {}).items()},
             {key: (str(frame), int(site)) for key, (frame, site) in tables.get("moments", {}).items()},
             {key: _pair_of_axes(entry) for key, entry in tables.get("anisotropy", {}).items()},
             {key: _texts(entry, len(entry)) for key, entry in tables.get("magnetoelastic", {}).items()},
+            _factors(tables.get("sums", {})),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise BenchmarkError(f"'{path}' cannot be read ({error}); mend it") from error
-    for table in ("spirals", "combinations", "labels", "moments", "anisotropy", "magnetoelastic"):
+    for table in ("spirals", "combinations", "labels", "moments", "anisotropy", "magnetoelastic", "sums"):
         for quantity in getattr(found, table):
             check(table, quantity, system.quantities)
     for crystal, _ in found.spirals.values():
@@ -101,6 +104,10 @@ def _crystal(a: float, atoms: int, mesh_noise: float) -> Crystal:
     if min(a, atoms, mesh_noise) <= 0:
         raise ValueError("a crystal needs a positive lattice constant, number of atoms and mesh noise")
     return Crystal(float(a), int(atoms), float(mesh_noise))
+
+
+def _factors(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    return {key: {k: float(v) for k, v in entry.items()} for key, entry in table.items()}
 
 
 def _pair_of_axes(entry: Any) -> tuple[Any, ...]:

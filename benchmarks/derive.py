@@ -1,7 +1,8 @@
 """Values of own DFT, derived from the frames of the reference calculations: none is typed by hand.
 
 Frames come from `references/dft.json` (a plan of `mmace label`) through `references/dft.extxyz`. A parent's name tells
-what it is for: `<crystal>-<state>-eos-3`, `-fixed-` (one volume), `-tetragonal-`, `-shear-`, or the point of a phonon.
+what it is for: `<crystal>-<state>-eos-3`, `-fixed-` (one volume), `-tetragonal-`, `-shear-`, `-strain-` (pairs of
+opposite strains), the name of a defect, or the point of a phonon.
 Which of them make which quantity stands in `references/derivation.json`.
 """
 
@@ -15,6 +16,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses
+from ase.stress import full_3x3_to_voigt_6_strain
 from ase.units import _amu, _e
 from mmace_props.eos import birch_murnaghan, fit_birch_murnaghan
 from mmace_props.files import write_whole
@@ -40,14 +42,18 @@ HARMONIC = 0.03
 LEAST_STRAIN = 1e-6
 LEAST_FORCE = 0.005
 """eV/Å; below it a site's symmetry, not its luck, holds the ion."""
+COLUMNS = {0: {"C11": 0, "C12": 1}, 2: {"C13": 0, "C33": 2}, 3: {"C44": 3}, 5: {"C66": 5}}
+"""Rows of the constants that a column (Voigt) gives in a crystal with a fourfold axis along z."""
 DEGENERACY = {"X": (1, 2), "M": (1, 2), "R": (3,)}
 """How often each pair of displacements of a plan occurs at the point: along the axis first, then across."""
 OWN, SEEN = "own DFT", "training label"
 CURVE = "largest of the fit's standard error, what either end changes, and what the fit of the stresses differs by"
 SPHERES = "0.02 µB, by which the mesh moves moments in spheres, and that of the volume"
 MESHES = "mesh noise between cells of different size"
+CELLS = "mesh noise of an atom times the atoms of each cell, in quadrature"
 EQUAL = "1.3 meV/atom, mesh noise between two moments of one cell (FeAl/checks/mesh.extxyz)"
 STRESSES = "mesh noise of the stress (0.1 GPa) over the strain, and B at the frames' volume"
+OPPOSITE = "mesh noise of the stress (0.1 GPa) over the strain"
 FINITE = "finite displacement: frequency from the force against that from the energy, at least 1 %; 3 % without it"
 FORCE_THEOREM = "GPAW, PBE, force theorem"
 FORCE_MESH = "none of its own, the mesh stands in the tolerance"
@@ -124,12 +130,15 @@ def derived_values(groups: Mapping[str, Sequence[Atoms]], tables: Derivation) ->
     curves = _curves(found, groups)
     _above_ferromagnet(found, groups, tables, curves)
     _at_one_volume(found, groups, tables)
+    _sums(found, groups, tables)
     _combinations(found, tables)
     for name, curve in curves.items():
         _tetragonal_constants(found, groups, name, curve)
     for tag, frames in groups.items():
         if tag.endswith("-shear"):
             _shear_constants(found, tag, frames)
+        if tag.endswith("-strain"):
+            _strain_constants(found, tag, frames)
     for name in curves:
         _hill(found, groups, name)
     for tag in groups:
@@ -193,6 +202,23 @@ def _at_one_volume(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables
             found.add(quantity, length, MOMENT_NOISE, [by_name[place]], SPHERES)
 
 
+def _sums(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables: Derivation) -> None:
+    """Add sums of the energies of whole cells, eV."""
+    by_name = {str(a.info["name"]): a for frames in groups.values() for a in frames}
+    for quantity, terms in tables.sums.items():
+        if not set(terms) <= set(by_name):
+            continue
+        frames = [by_name[name] for name in terms]
+        factors = np.array(list(terms.values()))
+        noise = [1e-3 * tables.crystals[_crystal_of(a)].mesh_noise * len(a) for a in frames]
+        value = float(factors @ [a.get_potential_energy() for a in frames])
+        found.add(quantity, value, float(np.linalg.norm(factors * noise)), frames, CELLS)
+
+
+def _crystal_of(atoms: Atoms) -> str:
+    return str(atoms.info["parent"]).partition("-")[0]
+
+
 def _combinations(found: Derived, tables: Derivation) -> None:
     """Add sums of values that there are."""
     for name, terms in tables.combinations.items():
@@ -249,6 +275,22 @@ def _shear_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None:
     else:
         return
     found.add(f"{name}.{'C44' if _aligned(frames[0]) else 'C66'}{_clamped(frames)}", value, error, frames, STRESSES)
+
+
+def _strain_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None:
+    """Add constants of a crystal with a fourfold axis along z, by central differences of the stress."""
+    name = tag.removesuffix("-strain").replace("-", ".")
+    for pair in _pairs(frames):
+        cells = [a.cell.array for a in pair]
+        # Opposite strains: the mean of both cells is the unstrained one.
+        strain = full_3x3_to_voigt_6_strain(np.eye(3) + 2 * np.linalg.solve(sum(cells), cells[1] - cells[0]))
+        column = int(np.abs(strain).argmax())
+        if abs(strain[column]) <= LEAST_STRAIN:
+            continue
+        slope = GPA * (pair[1].get_stress() - pair[0].get_stress()) / strain[column]
+        error = np.sqrt(2) * STRESS_NOISE / abs(strain[column])
+        for constant, row in COLUMNS.get(column, {}).items():
+            found.add(f"{name}.{constant}{_clamped(pair)}", slope[row], error, pair, OPPOSITE)
 
 
 def _hill(found: Derived, groups: Mapping[str, Sequence[Atoms]], name: str) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import textwrap
 from base64 import b64decode
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from ase.stress import voigt_6_to_full_3x3_strain
 from matplotlib.figure import Figure
 from mmace_bench import calculate, cli, systems
 from mmace_bench.analyse import COARSE, INCOMPLETE, MISS, OK, SHOWN, UNKNOWN, changes, compare, lines_of, verdict
@@ -31,7 +33,7 @@ from mmace_bench.calculate import (
     values,
 )
 from mmace_bench.cli import main
-from mmace_bench.derivation import Derivation, read_derivation
+from mmace_bench.derivation import Crystal, Derivation, read_derivation
 from mmace_bench.derive import (
     all_values,
     anisotropy_values,
@@ -684,6 +686,46 @@ def test_shear_constant_and_distortion_come_from_the_cartesian_strain(turned):
     assert found["X.afm110.distortion"]["value"] == pytest.approx(np.sqrt(2) * a * spontaneous, rel=1e-6)
 
 
+def test_constants_of_a_fourfold_crystal_come_from_opposite_strains():
+    """The stress of the unstrained crystal, which it need not be free of, drops out."""
+    c, a = {"C11": 3.1, "C12": 0.9, "C13": 0.7, "C33": 2.6, "C44": 0.5, "C66": 0.8}, 4.13
+    stiffness = np.diag([c["C11"], c["C11"], c["C33"], c["C44"], c["C44"], c["C66"]])
+    stiffness[0, 1] = stiffness[1, 0] = c["C12"]
+    stiffness[:2, 2] = stiffness[2, :2] = c["C13"]
+    cell, places = a * np.array([[0.5, 0.5, 0], [-0.5, 0.5, 0], [0, 0, 1]]), [[0, 0, 0], [0.5, 0.5, 0.5]]
+    frames = []
+    for k, (column, size) in enumerate([(2, 0.01), (2, -0.01), (0, 0.01), (0, -0.01), (3, -0.02), (3, 0.02)]):
+        strain = size * np.eye(6)[column]
+        stress = stiffness @ strain + [0.1, 0.1, -0.05, 0, 0, 0]
+        strained = cell @ voigt_6_to_full_3x3_strain(strain)
+        frames.append(frame("CrCr", strained, places, f"X-afm001-strain-{k}", stress=stress, moment=[2.0, -2.0]))
+    found = derived_values({"X-afm001-strain": frames[:5]}, Derivation())
+    assert set(found) == {"X.afm001.C11", "X.afm001.C12", "X.afm001.C13", "X.afm001.C33"}
+    found = derived_values({"X-afm001-strain": frames}, Derivation())
+    assert {k: found[f"X.afm001.{k}"]["value"] for k in ("C11", "C12", "C13", "C33", "C44")} == pytest.approx(
+        {k: GPA * c[k] for k in ("C11", "C12", "C13", "C33", "C44")}, rel=1e-6
+    )
+    assert found["X.afm001.C44"]["uncertainty"] == pytest.approx(np.sqrt(2) * 0.1 / 0.04)
+
+
+def test_formation_energy_of_a_vacancy():
+    """Eight formula units less an atom that went into the crystal of its element; errors are those of whole cells."""
+    tables = Derivation(
+        {"FeAl": Crystal(2.87, 2, 2.0), "Fe": Crystal(2.83, 2, 1.0)},
+        sums={"vacancy": {"FeAl-fm-vacancy-0-m0": 1.0, "FeAl-fm-eos-3-m0": -8.0, "Fe-fm-eos-1-m0": 1.0}},
+    )
+    groups = {
+        "FeAl-fm-vacancy": [frame("Fe7Al8", np.eye(3), np.zeros((15, 3)), "FeAl-fm-vacancy-0", -70.0)],
+        "FeAl-fm-eos": [frame("FeAl", np.eye(3), [[0] * 3, [0.5] * 3], "FeAl-fm-eos-3", -10.0)],
+        "Fe-fm-eos": [],
+    }
+    assert "vacancy" not in derived_values(groups, tables)
+    groups["Fe-fm-eos"] = [frame("Fe", np.eye(3), [[0] * 3], "Fe-fm-eos-1", -9.0)]
+    found = derived_values(groups, tables)["vacancy"]
+    assert found["value"] == pytest.approx(1.0)
+    assert found["uncertainty"] == pytest.approx(1e-3 * np.linalg.norm([15 * 2.0, 8 * 2 * 2.0, 1.0]))
+
+
 def springs(symbols, cell, scaled, index, shift, name, stiff=5.0, cross=1.2):
     """Frame whose atoms are held by springs to their sites and, across elements, by `cross` to the displaced one."""
     atoms = frame(symbols, cell, scaled, name)
@@ -769,6 +811,27 @@ def test_sums_of_the_model_have_the_factors_of_those_of_dft(name):
     sums = {quantity: terms_of(t) for t in system.tasks if t.property in SUMS for quantity in t.numbers}
     for quantity, terms in read_derivation(system).combinations.items():
         assert sums[quantity] == terms
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_no_atom_is_lost_in_a_formation_energy(name):
+    """Every element cancels between the cells of a sum, and each phase counts alike in DFT and in the model."""
+    system = read_system(name)
+    plan = json.loads((system.folder / "references/dft.json").read_text())
+    symbols = {job["name"]: Counter(job["symbols"]) for job in plan["jobs"]}
+    tasks = {quantity: t for t in system.tasks for quantity in t.numbers}
+    for quantity, terms in read_derivation(system).sums.items():
+        left: Counter = Counter()
+        for frame_name, factor in terms.items():
+            left.update({element: factor * count for element, count in symbols[frame_name].items()})
+        assert not any(left.values()), quantity
+        model = []
+        for key, factor in terms_of(tasks[quantity]).items():
+            crystal = system.crystals[tasks[key].crystal]
+            cells = tasks[key].numbers[key].scale / len(crystal)
+            model.append(Counter({e: factor * cells * n for e, n in Counter(crystal.symbols).items()}))
+        phases = [Counter({e: factor * n for e, n in symbols[key].items()}) for key, factor in terms.items()]
+        assert sorted(map(sorted, (m.items() for m in model))) == sorted(map(sorted, (p.items() for p in phases)))
 
 
 def test_values_from_labels_of_the_training_are_told_from_own_dft():

@@ -785,6 +785,8 @@ def test_sampling_builds_what_it_says() -> None:
     squeezed = build({"type": "b2", "species": ["Fe", "Al"], "a": 2.87, "tetragonal": 0.06})
     assert squeezed.get_volume() == pytest.approx(2.87**3)
     assert squeezed.cell[2, 2] == pytest.approx(2.87 * 1.06)
+    strained = build({"type": "b2", "species": ["Fe", "Al"], "a": 2.0, "strain": [0.01, 0, 0, 0.02, 0, 0]})
+    assert strained.cell.array == pytest.approx(np.array([[2.02, 0, 0], [0, 2, 0.02], [0, 0.02, 2]]))
     layers = build({"type": "stack", "species": ["Fe", "Al", "-", "Al"], "a": 2.8, "c": 3.0})
     assert layers.get_chemical_formula() == "Al2Fe"
     assert layers.cell[2, 2] == pytest.approx(6.0)
@@ -821,6 +823,7 @@ def test_sampling_splits_by_parent_and_names_its_faults() -> None:
         (lambda d: d["families"][0]["lattice"].update(type="b3"), r"parent 0 of family 'x'.*type 'b3': use one of"),
         (lambda d: d["families"][0]["parents"][1].pop("moments"), r"parent 1 of family 'x'.*lacks 'moments'"),
         (lambda d: d["families"][0].update(trian_only=True), r"family 0 of the sampling 's'.*'trian_only'"),
+        (lambda d: d["families"][0]["parents"][1].update(strain=[0.01, 0.0]), r"a strain of 2 components; give xx"),
         (lambda d: d["families"].insert(0, 3), r"family 0 of the sampling 's' is not a JSON object"),
         (lambda d: d["recipe"]["settings"].update(constrianed=False), r"settings of the recipe.*'constrianed'"),
         (lambda d: d.pop("seed"), r"sampling lacks 'seed'"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_strain
 from spglib import get_symmetry_dataset
 
 from ..errors import LabelError
@@ -235,7 +236,8 @@ def build(options: Mapping[str, Any]) -> Atoms:
     ----------
     options : mapping
         `type`, `species`, `a` (Å) and what the lattice needs besides (see `lattice`); `scale` of all lengths;
-        strains `axial_ratio`, `tetragonal`, `orthorhombic`, `shear`, `trigonal`; `random` = (seed, strain, Å);
+        strains `axial_ratio`, `tetragonal`, `orthorhombic`, `shear`, `trigonal`, `strain` (six components of
+        Voigt, shears twice those of the tensor); `random` = (seed, strain, Å);
         `move` = (atom, (x, y, z) Å).
 
     Returns
@@ -328,12 +330,19 @@ def _trigonal(e: float) -> np.ndarray:
     return np.eye(3) + e * (np.ones((3, 3)) - np.eye(3))
 
 
+def _strain(components: Sequence[float]) -> np.ndarray:
+    if np.shape(components) != (6,):
+        raise ValueError(f"a strain of {np.size(components)} components; give xx, yy, zz, yz, xz, xy")
+    return np.asarray(voigt_6_to_full_3x3_strain(components))
+
+
 STRAINS = {
     "axial_ratio": _axial_ratio,
     "tetragonal": _tetragonal,
     "orthorhombic": _orthorhombic,
     "shear": _shear,
     "trigonal": _trigonal,
+    "strain": _strain,
 }
 
 
