@@ -590,6 +590,19 @@ def test_rejections_answer_the_job_that_was_rejected(tmp_path: Path) -> None:
     assert earlier_rejections(replace(old, name="other"), report) == {}
 
 
+def test_displacements_of_one_size_and_energy_are_no_duplicates() -> None:
+    """An ion of a doubled cell moved along it and across it: pair sums differ by less than moments are known to."""
+    frames = []
+    for axis in (2, 0, 1):
+        atoms = bulk("FeAl", "cesiumchloride", a=2.87) * (1, 1, 2)
+        atoms.positions[0, axis] += 0.04
+        atoms.set_initial_magnetic_moments(np.zeros((4, 3)))
+        atoms.info |= {"name": f"moved-{axis}", "soc": 0}
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0)
+        frames.append(atoms)
+    assert find_duplicates(frames) == [(1, 2)]
+
+
 def test_duplicates_are_found_across_files_and_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan("one", COLLINEAR, (feal("a"), feal("b", 2.5)))
     twin = replace(feal("twin"), scaled_positions=((0.1, 0, 0), (0.6, 0.5, 0.5 + 0.06 / 2.87)), parent="parent-twin")

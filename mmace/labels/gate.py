@@ -169,26 +169,34 @@ class State:
     ----------
     mark : array, shape=(F,)
         The `fingerprint`.
+    shape : array, shape=(F,)
+        That of the crystal without its moments. Its positions are exact, so that it tells displacements apart which
+        differ by less than the moments' tolerance lets pass.
     energy : float
         eV/atom.
     soc : bool
     """
 
     mark: np.ndarray
+    shape: np.ndarray
     energy: float
     soc: bool
 
     @classmethod
     def of(cls, atoms: Atoms) -> State:
         """State of a label."""
-        return cls(fingerprint(atoms), atoms.get_potential_energy() / len(atoms), bool(atoms.info["soc"]))
+        crystal = atoms.copy()
+        crystal.set_initial_magnetic_moments(np.zeros((len(atoms), 3)))
+        energy = atoms.get_potential_energy() / len(atoms)
+        return cls(fingerprint(atoms), fingerprint(crystal), energy, bool(atoms.info["soc"]))
 
     def equals(self, other: State) -> bool:
-        """Whether structure and moments agree to 1e-5 and the energies to 0.1 meV/atom."""
+        """Whether structures agree to 1e-5, moments to twice the gate's tolerance, energies to 0.1 meV/atom."""
         return (
             self.soc == other.soc
             and self.mark.shape == other.mark.shape
             and abs(self.energy - other.energy) < DUPLICATE_ENERGY
+            and bool(np.allclose(self.shape, other.shape, rtol=DUPLICATE_TOLERANCE, atol=DUPLICATE_TOLERANCE))
             and bool(np.allclose(self.mark, other.mark, rtol=DUPLICATE_TOLERANCE, atol=2 * MOMENT_TOLERANCE))
         )
 
