@@ -8,7 +8,7 @@ interleaved, so that every prefix of the plan samples all of them. `docs/labels.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -336,7 +336,7 @@ def _strain(components: Sequence[float]) -> np.ndarray:
     return np.asarray(voigt_6_to_full_3x3_strain(components))
 
 
-STRAINS = {
+STRAINS: dict[str, Callable[[Any], np.ndarray]] = {
     "axial_ratio": _axial_ratio,
     "tetragonal": _tetragonal,
     "orthorhombic": _orthorhombic,
