@@ -278,11 +278,11 @@ def _shear_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None:
 
 
 def _strain_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None:
-    """Add constants of a crystal with a fourfold axis along z, by central differences of the stress."""
+    """Add constants of a crystal with a fourfold axis along z, by differences of the stress."""
     name = tag.removesuffix("-strain").replace("-", ".")
     for pair in _pairs(frames):
         cells = [a.cell.array for a in pair]
-        # Opposite strains: the mean of both cells is the unstrained one.
+        # The mean of both cells stands for the unstrained one: what strains are not opposite by enters in second order.
         strain = full_3x3_to_voigt_6_strain(np.eye(3) + 2 * np.linalg.solve(sum(cells), cells[1] - cells[0]))
         column = int(np.abs(strain).argmax())
         if abs(strain[column]) <= LEAST_STRAIN:

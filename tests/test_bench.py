@@ -694,7 +694,7 @@ def test_constants_of_a_fourfold_crystal_come_from_opposite_strains():
     stiffness[:2, 2] = stiffness[2, :2] = c["C13"]
     cell, places = a * np.array([[0.5, 0.5, 0], [-0.5, 0.5, 0], [0, 0, 1]]), [[0, 0, 0], [0.5, 0.5, 0.5]]
     frames = []
-    for k, (column, size) in enumerate([(2, 0.01), (2, -0.01), (0, 0.01), (0, -0.01), (3, -0.02), (3, 0.02)]):
+    for k, (column, size) in enumerate([(2, 0.01), (2, -0.01), (0, 0.01), (0, -0.01), (3, 0.02), (3, -0.01)]):
         strain = size * np.eye(6)[column]
         stress = stiffness @ strain + [0.1, 0.1, -0.05, 0, 0, 0]
         strained = cell @ voigt_6_to_full_3x3_strain(strain)
@@ -703,9 +703,9 @@ def test_constants_of_a_fourfold_crystal_come_from_opposite_strains():
     assert set(found) == {"X.afm001.C11", "X.afm001.C12", "X.afm001.C13", "X.afm001.C33"}
     found = derived_values({"X-afm001-strain": frames}, Derivation())
     assert {k: found[f"X.afm001.{k}"]["value"] for k in ("C11", "C12", "C13", "C33", "C44")} == pytest.approx(
-        {k: GPA * c[k] for k in ("C11", "C12", "C13", "C33", "C44")}, rel=1e-6
+        {k: GPA * c[k] for k in ("C11", "C12", "C13", "C33", "C44")}, rel=1e-4
     )
-    assert found["X.afm001.C44"]["uncertainty"] == pytest.approx(np.sqrt(2) * 0.1 / 0.04)
+    assert found["X.afm001.C44"]["uncertainty"] == pytest.approx(np.sqrt(2) * 0.1 / 0.03, rel=1e-3)
 
 
 def test_formation_energy_of_a_vacancy():
