@@ -952,8 +952,11 @@ def test_curves_of_the_model_have_the_volumes_of_own_dft(name):
     system = read_system(name)
     for task in (t for t in system.tasks if t.fit):
         for state, points in reference_points(system, task.name.removesuffix("-eos")).items():
-            mine = task.fit[curve_of(state, list(task.fit))]
-            assert all(np.abs(np.array(mine) - volume).min() < 1e-3 for volume, _ in points)
+            mine = curve_of(state, list(task.fit))
+            if mine is None:
+                assert len(points) < 5, "own DFT has a curve of this state, and the task has none"
+            else:
+                assert all(np.abs(np.array(task.fit[mine]) - volume).min() < 1e-3 for volume, _ in points)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
