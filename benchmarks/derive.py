@@ -195,7 +195,7 @@ def _at_one_volume(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables
         found.add(f"{crystal}.{state}.above_fm_fixed", gap, noise, [frame, other], reason)
         if (crystal, state) in spirals:
             found.add(spirals[crystal, state], gap, noise, [frame, other], reason)
-    by_name = {str(a.info["name"]): a for frames in groups.values() for a in frames}
+    by_name = _by_name(groups)
     for quantity, (place, site) in tables.moments.items():
         if place in by_name:
             length = float(np.linalg.norm(moments_of(by_name[place])[site]))
@@ -204,7 +204,7 @@ def _at_one_volume(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables
 
 def _sums(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables: Derivation) -> None:
     """Add sums of the energies of whole cells, eV."""
-    by_name = {str(a.info["name"]): a for frames in groups.values() for a in frames}
+    by_name = _by_name(groups)
     for quantity, terms in tables.sums.items():
         if not set(terms) <= set(by_name):
             continue
@@ -213,6 +213,10 @@ def _sums(found: Derived, groups: Mapping[str, Sequence[Atoms]], tables: Derivat
         noise = [1e-3 * tables.crystals[_crystal_of(a)].mesh_noise * len(a) for a in frames]
         value = float(factors @ [a.get_potential_energy() for a in frames])
         found.add(quantity, value, float(np.linalg.norm(factors * noise)), frames, CELLS)
+
+
+def _by_name(groups: Mapping[str, Sequence[Atoms]]) -> dict[str, Atoms]:
+    return {str(a.info["name"]): a for frames in groups.values() for a in frames}
 
 
 def _crystal_of(atoms: Atoms) -> str:
