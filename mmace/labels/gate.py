@@ -140,25 +140,33 @@ def fingerprint(atoms: Atoms) -> np.ndarray:
     array, shape=(F,)
         Unitless (Å and µB left out); F depends on the elements.
     """
+    return np.concatenate(_invariants(atoms))
+
+
+def _invariants(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the structure alone, and those that the moments enter."""
     moments = atoms.arrays["initial_magmoms"]
     first, second, distance, vector = neighbor_list("ijdD", atoms, _RANGE)
     products = np.einsum("ec,ec->e", moments[first], moments[second])
     window = (1 - (distance / _RANGE) ** 2) ** 3
     numbers = atoms.numbers
-    shape = np.einsum("e,ei,ej->ij", window * (2.5 / distance) ** 6, vector, vector)
-    values: list[float] = []
     elements = np.unique(numbers)
+    structure: list[float] = []
+    magnetism: list[float] = []
     for i, z in enumerate(elements):
-        values += [float(np.sum(numbers == z)), float(np.sum(moments[numbers == z] ** 2))]
+        structure.append(float(np.sum(numbers == z)))
+        magnetism.append(float(np.sum(moments[numbers == z] ** 2)))
         for other in elements[i:]:
             pair = ((numbers[first] == z) & (numbers[second] == other)) | (
                 (numbers[first] == other) & (numbers[second] == z)
             )
             for power in range(4):
                 weight = window[pair] * (2.5 / distance[pair]) ** power
-                values += [float(weight.sum()), float((weight * products[pair]).sum())]
-    per_atom = np.array([*values, *np.linalg.eigvalsh(shape)]) / len(atoms)
-    return np.concatenate([_ELEMENT_WEIGHT * elements, per_atom])
+                structure.append(float(weight.sum()))
+                magnetism.append(float((weight * products[pair]).sum()))
+    extent = np.linalg.eigvalsh(np.einsum("e,ei,ej->ij", window * (2.5 / distance) ** 6, vector, vector))
+    per_atom = np.array([*structure, *extent]) / len(atoms)
+    return np.concatenate([_ELEMENT_WEIGHT * elements, per_atom]), np.array(magnetism) / len(atoms)
 
 
 @dataclass(frozen=True)
@@ -167,37 +175,36 @@ class State:
 
     Attributes
     ----------
-    mark : array, shape=(F,)
-        The `fingerprint`.
-    shape : array, shape=(F,)
-        That of the crystal without its moments. Its positions are exact, so that it tells displacements apart which
-        differ by less than the moments' tolerance lets pass.
+    structure : array, shape=(F,)
+        Invariants of the crystal without its moments. Its positions are exact, so that they tell displacements apart
+        which differ by less than the moments' tolerance lets pass.
+    magnetism : array, shape=(G,)
+        Invariants that the moments enter.
     energy : float
         eV/atom.
     soc : bool
     """
 
-    mark: np.ndarray
-    shape: np.ndarray
+    structure: np.ndarray
+    magnetism: np.ndarray
     energy: float
     soc: bool
 
     @classmethod
     def of(cls, atoms: Atoms) -> State:
         """State of a label."""
-        crystal = atoms.copy()
-        crystal.set_initial_magnetic_moments(np.zeros((len(atoms), 3)))
-        energy = atoms.get_potential_energy() / len(atoms)
-        return cls(fingerprint(atoms), fingerprint(crystal), energy, bool(atoms.info["soc"]))
+        structure, magnetism = _invariants(atoms)
+        return cls(structure, magnetism, atoms.get_potential_energy() / len(atoms), bool(atoms.info["soc"]))
 
     def equals(self, other: State) -> bool:
         """Whether structures agree to 1e-5, moments to twice the gate's tolerance, energies to 0.1 meV/atom."""
+        exact = DUPLICATE_TOLERANCE
         return (
             self.soc == other.soc
-            and self.mark.shape == other.mark.shape
+            and self.structure.shape == other.structure.shape
             and abs(self.energy - other.energy) < DUPLICATE_ENERGY
-            and bool(np.allclose(self.shape, other.shape, rtol=DUPLICATE_TOLERANCE, atol=DUPLICATE_TOLERANCE))
-            and bool(np.allclose(self.mark, other.mark, rtol=DUPLICATE_TOLERANCE, atol=2 * MOMENT_TOLERANCE))
+            and bool(np.allclose(self.structure, other.structure, rtol=exact, atol=exact))
+            and bool(np.allclose(self.magnetism, other.magnetism, rtol=exact, atol=2 * MOMENT_TOLERANCE))
         )
 
 
