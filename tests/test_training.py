@@ -993,6 +993,19 @@ def test_command_line_trains_a_committee_and_evaluates_it(files, labels, tmp_pat
     assert errors["committee"]["test"]["energy"]["error_over_spread"] > 0
 
 
+def test_a_file_named_twice_counts_twice(files, tmp_path):
+    settings = tmp_path / "recipe.json"
+    settings.write_text(json.dumps(recipe(epochs=1, batch_size=1).to_dict()))
+    steps = []
+    for times in (1, 2):
+        folder = tmp_path / str(times)
+        train_files = [str(files / "train.extxyz")] * times
+        command = ["train", "--train", *train_files, "--valid", str(files / "valid.extxyz"), "--out", str(folder)]
+        assert main([*command, "--recipe", str(settings)]) == 0
+        steps.append(json.loads((folder / "log.jsonl").read_text())["step"])
+    assert steps[1] == 2 * steps[0]
+
+
 def test_bad_input_is_one_sentence(files, teacher, tmp_path, capsys):
     good = str(files / "train.extxyz")
     save_model(teacher, tmp_path / "model.safetensors", {})

@@ -83,7 +83,13 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train", nargs="+", required=True, metavar="FILE", help="labels to train on")
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="labels to train on; a file that is named twice counts twice",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
     source.add_argument(
