@@ -19,6 +19,7 @@ from mmace.derivatives import Evaluation, evaluate
 from mmace.errors import LabelError, MMACEError, ModelFileError, StructureError
 from mmace.graph import Graph
 from mmace.io import load_model, model_files, save_model
+from mmace.locks import sole_use
 from mmace.model import MagneticMACE, ModelConfig
 from mmace.training import (
     Recipe,
@@ -1004,6 +1005,14 @@ def test_a_file_named_twice_counts_twice(files, tmp_path):
         assert main([*command, "--recipe", str(settings)]) == 0
         steps.append(json.loads((folder / "log.jsonl").read_text())["step"])
     assert steps[1] == 2 * steps[0]
+
+
+def test_a_folder_holds_one_training_run_at_a_time(labels, tmp_path):
+    with sole_use(tmp_path / "lock") as mine:
+        assert mine
+        with pytest.raises(MMACEError, match="another training run is at work"):
+            train(labels["train"], labels["valid"], recipe(epochs=1), tmp_path)
+    assert train(labels["train"], labels["valid"], recipe(epochs=1), tmp_path).finished
 
 
 def test_bad_input_is_one_sentence(files, teacher, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import LabelError, MissingProgramError
+from ..locks import sole_use
 from . import abinit, gpaw_soc
 from .files import write_text
 from .plan import Job, Plan
@@ -168,7 +167,7 @@ def _run_job(
 ) -> str:
     folder = work / plan.name / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / "lock") as mine:
+    with sole_use(folder / "lock") as mine:
         if not mine:
             return "busy"
         known = read_result(plan, job, work)
@@ -189,18 +188,6 @@ def _run_job(
         result |= {"key": job_key(plan, job), "seconds": round(time.monotonic() - start, 1)}
         write_text(folder / RESULT, json.dumps(result))
     return "failed" if "failed" in result else "done"
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock that the system releases when the process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Event) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from ..errors import LabelError, MMACEError
 from ..files import whole_file
 from ..graph import Graph
 from ..io import save_model, weights_hash
+from ..locks import sole_use
 from ..model import MagneticMACE, ModelConfig, is_spin_orbit
 from .batches import DirectionBatch, LabelBatch, ground_energies
 from .checkpoint import read_checkpoint, write_checkpoint
@@ -146,14 +148,21 @@ def train(
     LabelError
         No labels to train or to validate on.
     MMACEError
-        `out` holds a run with other labels or settings, or the loss is not finite.
+        `out` holds a run with other labels or settings, or another process trains there, or the loss is not finite.
     """
     if not train_labels or not valid_labels:
         raise LabelError("training needs labels to train on and others to validate on: give both.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(train_labels, valid_labels, recipe, folder, seed, bootstrap, torch.device(device), metadata or {}, start)
-    return run.go(max_minutes, stop_after, report or (lambda record: None))
+    with sole_use(folder / "lock") if current_processes().first else nullcontext(True) as mine:
+        if not mine:
+            raise MMACEError(
+                f"another training run is at work in {folder}: wait for its end, or choose another folder for this one."
+            )
+        run = _Run(
+            train_labels, valid_labels, recipe, folder, seed, bootstrap, torch.device(device), metadata or {}, start
+        )
+        return run.go(max_minutes, stop_after, report or (lambda record: None))
 
 
 class _Run:
