@@ -124,10 +124,38 @@ def test_recipe_is_ten_times_slower(files):
     assert finetune_recipe({}).clip == Recipe().clip / 10
 
 
+def test_rates_are_those_of_the_fastest_stage_of_all_weights():
+    stages = [Recipe(learning_rate=0.02, clip=70.0), Recipe(learning_rate=0.001, clip=900.0, batch_size=24)]
+    part = Recipe(learning_rate=0.5, clip=1e5, part="spin_orbit")
+    notes = {
+        "recipe": json.dumps(part.to_dict()),
+        "earlier": json.dumps([{"recipe": json.dumps(s.to_dict())} for s in stages]),
+    }
+    found = finetune_recipe(notes)
+    assert (found.learning_rate, found.clip, found.batch_size) == (0.002, 90.0, Recipe().batch_size)
+
+
+def test_few_labels_are_gone_through_more_often(labels):
+    """8 labels in batches of 24 made a hundred steps, which moved nothing."""
+    single = [label for label in labels["train"] if label.anisotropy_group is None]
+    group = [replace(single[0], soc=True, anisotropy_group="a"), replace(single[1], soc=True, anisotropy_group="a")]
+
+    def steps(labels, replay_fraction=0.0):
+        recipe = finetune_recipe({}, labels, replay_fraction)
+        assert recipe.epochs // recipe.validate_every == pytest.approx(100, abs=20)
+        assert recipe.patience == round(0.3 * recipe.epochs)
+        return recipe.epochs
+
+    assert steps(single[:1]) == steps(single[:1] * 6) == steps(group * 3) == 1600
+    assert steps(single[:1] * 8) == 800
+    assert steps(single[:1] * 8, 0.5) == 534
+    assert steps(single[:1] * 600) == steps(single[:1] * 6000) == 100
+
+
 def test_a_stage_of_the_spin_orbit_part_is_no_recipe_for_all_weights():
     whole = Recipe(learning_rate=0.02, restrain_every=7)
     part = Recipe(learning_rate=0.5, part="spin_orbit", restart=True)
-    stages = [{"recipe": json.dumps(Recipe(learning_rate=0.3).to_dict())}, {"recipe": json.dumps(whole.to_dict())}]
+    stages = [{"recipe": json.dumps(Recipe(learning_rate=0.001).to_dict())}, {"recipe": json.dumps(whole.to_dict())}]
     found = finetune_recipe({"recipe": json.dumps(part.to_dict()), "earlier": json.dumps(stages)})
     assert (found.learning_rate, found.restrain_every, found.part, found.restart) == (0.002, 7, "all", False)
 

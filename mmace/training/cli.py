@@ -134,7 +134,7 @@ def _finetune(args: argparse.Namespace) -> int:
             starting_model(load_model(file), train_labels, args.shift_energies, replay),
             read_metadata(file),
         )
-        recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(earlier)
+        recipe = read_recipe(args.recipe) if args.recipe else finetune_recipe(earlier, train_labels, fraction)
         if args.part:
             recipe = replace(recipe, part=args.part)
         notes = {

@@ -3,48 +3,67 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from ..data import LabelledStructure
+from ..data import LabelledStructure, groups_of
 from ..errors import LabelError, UnknownElementError
 from ..model import MagneticMACE
 from .evaluate import predict
 from .recipe import Recipe
 
-SLOWER = 10.0  # learning rate and clip against those of the first training
-EPOCHS, PATIENCE, WARMUP = 100, 30, 20
+SLOWER = 10.0  # learning rate and clip against those of the training
+EPOCHS, WARMUP = 100, 20
+LEAST_STEPS = 1600  # as in benchmarks/finetuning.py; a hundred epochs of a few labels hardly move the weights
+PATIENCE = 0.3  # of the epochs
 OTHER_REFERENCE = 0.5  # eV/atom; energies further off on average are on another zero
 SMALL_INDUCED = 0.1  # µB, below it a moment follows its neighbours and says nothing of its own
 SHIFT_PRIOR = 1e-3  # keeps the shift of elements that no label determines at zero
 
 
-def finetune_recipe(notes: Mapping[str, str]) -> Recipe:
-    """Recipe of a model's training, ten times slower, shorter and less patient; validation chooses the weights.
+def finetune_recipe(
+    notes: Mapping[str, str], labels: Sequence[LabelledStructure] = (), replay_fraction: float = 0.0
+) -> Recipe:
+    """Recipe of a model's training, ten times slower and less patient; validation chooses the weights.
 
-    It is that of the last stage that changed all weights. The floor under shaken crystals is the general one: that of
-    the model's training was chosen for its own crystals. Nor are canted labels repeated as often as its own were.
+    It is that of the last stage that changed all weights, with a tenth of the largest learning rate and clip that any
+    of these stages had, and with the usual small steps. Few labels are gone through more often. The floor under
+    shaken crystals is the general one: that of the model's training was chosen for its own crystals. Nor are canted
+    labels repeated as often as its own were.
 
     Parameters
     ----------
     notes : mapping
         Notes saved with the model; without a recipe in them the default one is taken.
+    labels : sequence of LabelledStructure
+        What is learned from.
+    replay_fraction : float
+        Share of replayed labels in an epoch.
     """
     stages = [notes, *reversed(json.loads(notes.get("earlier", "[]")))]
     recipes = [Recipe.from_dict(json.loads(stage["recipe"])) for stage in stages if "recipe" in stage]
-    first = next((recipe for recipe in recipes if recipe.part == "all"), Recipe())
+    whole = [recipe for recipe in recipes if recipe.part == "all"] or [Recipe()]
+    last, fastest = whole[0], max(whole, key=lambda recipe: recipe.learning_rate)
+    batch_size = min(last.batch_size, Recipe.batch_size)
+    groups_per_step = min(last.groups_per_step, Recipe.groups_per_step)
+    single = sum(label.anisotropy_group is None for label in labels)
+    steps = max(single / batch_size, len(groups_of(labels)) / groups_per_step) / (1.0 - replay_fraction)
+    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / max(1, math.ceil(steps)))) if labels else EPOCHS
     return replace(
-        first,
+        last,
         model={},
-        learning_rate=first.learning_rate / SLOWER,
-        final_learning_rate=first.final_learning_rate / SLOWER,
-        clip=first.clip / SLOWER,
-        epochs=EPOCHS,
-        patience=PATIENCE,
+        learning_rate=fastest.learning_rate / SLOWER,
+        final_learning_rate=fastest.final_learning_rate / SLOWER,
+        clip=max(recipe.clip for recipe in whole) / SLOWER,
+        batch_size=batch_size,
+        groups_per_step=groups_per_step,
+        epochs=epochs,
+        patience=round(PATIENCE * epochs),
         warmup_steps=WARMUP,
-        validate_every=1,
+        validate_every=epochs // EPOCHS,
         canted_repeats=Recipe.canted_repeats,
         keep="best",
         least_stiffness=Recipe.least_stiffness,
