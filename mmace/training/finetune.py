@@ -51,7 +51,7 @@ def finetune_recipe(
     groups_per_step = min(last.groups_per_step, Recipe.groups_per_step)
     single = sum(label.anisotropy_group is None for label in labels)
     steps = max(single / batch_size, len(groups_of(labels)) / groups_per_step) / (1.0 - replay_fraction)
-    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / max(1, math.ceil(steps)))) if labels else EPOCHS
+    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / math.ceil(steps))) if labels else EPOCHS
     return replace(
         last,
         model={},
