@@ -24,7 +24,6 @@ _disabled_before = logging.root.manager.disable
 logging.disable(logging.WARNING)
 try:
     with contextlib.redirect_stdout(io.StringIO()):
-        from mace.data.neighborhood import get_neighborhood
         from mace.modules.blocks import RadialEmbeddingBlock
         from mace.modules.symmetric_contraction import SymmetricContraction
         from mace.tools.cg import U_matrix_real
@@ -40,6 +39,5 @@ __all__ = [
     "RadialEmbeddingBlock",
     "SymmetricContraction",
     "U_matrix_real",
-    "get_neighborhood",
     "o3",
 ]

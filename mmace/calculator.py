@@ -118,9 +118,34 @@ class MMACECalculator(Calculator):
             raise MMACEError("the model was trained without spin-orbit coupling: use soc=False, or another model.")
         self.models = [_placed(m, device, DTYPES[dtype]) for m in self.models]
         self.device, self.dtype = device, dtype
-        self.soc, self.moments = bool(soc), moments
+        self._soc, self._moments = bool(soc), moments
         self.tolerance = RELAX_TOLERANCE[DTYPES[dtype]] if tolerance is None else tolerance
         self._cached: _CachedGeometry | None = None
+
+    @property
+    def soc(self) -> bool:
+        """Whether spin-orbit coupling is on; `replace` gives a calculator with another choice."""
+        return self._soc
+
+    @property
+    def moments(self) -> str:
+        """What moments do: "fixed", "magnitudes" or "full"; `replace` gives a calculator with another choice."""
+        return self._moments
+
+    def set(self, **options: Any) -> dict[str, Any]:
+        """Refuse ASE's way to change options of a calculator: results and geometries that are kept belong to them.
+
+        Raises
+        ------
+        MMACEError
+            Always, unless there is nothing to change.
+        """
+        if options:
+            raise MMACEError(
+                f"{next(iter(options))} cannot be set on this calculator: take calculator.replace(soc=…, moments=…), "
+                "or make another one."
+            )
+        return {}
 
     @property
     def elements(self) -> tuple[str, ...]:

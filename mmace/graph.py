@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from ase import Atoms
+from ase.geometry import complete_cell
+from matscipy.neighbours import neighbour_list
 
-from ._backends import get_neighborhood
 from .errors import StructureError, UnknownElementError
 from .structures import check_moments, moments_of
 
@@ -123,13 +124,7 @@ class Graph:
             moments = moments_of(atoms)
         else:
             check_moments(np.asarray(moments), len(atoms))
-        edge_index, _, unit_shifts, _ = get_neighborhood(
-            positions=atoms.positions.copy(),
-            cutoff=cutoff,
-            pbc=tuple(bool(p) for p in atoms.pbc),
-            cell=atoms.cell.array.copy(),
-        )
-        receiver, sender = edge_index
+        receiver, sender, unit_shifts = _neighbours(atoms, cutoff)
         vectors = atoms.positions[sender] - atoms.positions[receiver] + unit_shifts @ atoms.cell.array
         lengths = np.linalg.norm(vectors, axis=1)
         if len(lengths) and lengths.min() < MIN_DISTANCE:
@@ -205,3 +200,18 @@ class Graph:
         if strain is not None:
             vectors = vectors + torch.einsum("ec,ecd->ed", vectors, strain[edge_graph])
         return vectors
+
+
+def _neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Receivers, senders (E,) and images of the senders (E, 3) within the cut-off, Å."""
+    cell, positions, open_ends = atoms.cell.array.copy(), atoms.positions, ~atoms.pbc
+    # The search needs three independent vectors and all atoms between them; across open ends they stand upright.
+    cell[open_ends] = 0.0
+    cell = complete_cell(cell)
+    for k in np.flatnonzero(open_ends):
+        along = positions @ cell[k]
+        positions = positions + (cutoff - along.min()) * cell[k]
+        cell[k] *= np.ptp(along) + 2.0 * cutoff
+    receiver, sender, shifts = neighbour_list("ijS", positions=positions, cell=cell, pbc=atoms.pbc, cutoff=cutoff)
+    other = (receiver != sender) | shifts.any(axis=1)
+    return receiver[other], sender[other], shifts[other]

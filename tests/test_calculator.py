@@ -14,6 +14,7 @@ from ase.filters import FrechetCellFilter
 from ase.io import read, write
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
+from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from phonopy import Phonopy
 from phonopy.structure.atoms import PhonopyAtoms
@@ -29,6 +30,7 @@ from mmace.errors import (
     StructureError,
     UnknownElementError,
 )
+from mmace.graph import Graph
 from mmace.io import save_model
 from mmace.model import MagneticMACE
 
@@ -250,6 +252,37 @@ def test_wrong_models(tmp_path: Path) -> None:
         MMACECalculator([])
     with pytest.raises(MMACEError, match="dtype cannot be replaced"):
         MMACECalculator(MODEL).replace(dtype="float32")
+
+
+def test_options_do_not_change_under_results_that_are_kept() -> None:
+    calculator = MMACECalculator(MODEL, soc=False)
+    with pytest.raises(MMACEError, match="soc cannot be set on this calculator"):
+        calculator.set(soc=True)
+    for name, value in (("soc", True), ("moments", "full")):
+        with pytest.raises(AttributeError):
+            setattr(calculator, name, value)
+    assert calculator.set() == {}
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc"),
+    [
+        ([[0, 0, 20], [2.87, 0, 0], [0, 2.87, 0]], [False, True, True]),
+        ([[2.87, 0, 0], [0, 0, 2.87], [0, 20, 0]], [True, True, False]),
+        ([[0, 0, 4.4], [0, 0, 0], [0, 0, 0]], [True, False, False]),
+        ([[2.87, 0, 0], [0.4, 2.87, 0], [1.0, 0.5, 9.0]], [True, True, False]),
+    ],
+)
+def test_partly_periodic_structures_have_the_neighbours_ase_finds(cell: list[list[float]], pbc: list[bool]) -> None:
+    """Whichever cell vector stands across the slab or along the chain, and wherever the atoms are."""
+    atoms = Atoms("Fe2", cell=cell, positions=[[0, 0, 0], [1.4, 1.3, -1.45]], pbc=pbc, magmoms=[1.0, -0.5])
+    atoms.positions += [30.0, -40.0, 50.0]
+    graph = Graph.from_atoms(atoms, MODEL.elements, MODEL.config.cutoff)
+    found = np.column_stack([graph.receiver, graph.sender, graph.unit_shifts]).astype(int)
+    expected = np.column_stack(neighbor_list("ijS", atoms, MODEL.config.cutoff))
+    assert len(found) > 2
+    assert sorted(found.tolist()) == sorted(expected.tolist())
+    assert np.isfinite(with_calculator(atoms).get_forces()).all()
 
 
 def test_spin_orbit_coupling_is_not_asked_of_a_model_without_it() -> None:
