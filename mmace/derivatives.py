@@ -68,7 +68,7 @@ def evaluate(
     Returns
     -------
     Evaluation
-        In float64 energies, derivatives in the model's type.
+        In float64 energies, derivatives in the model's type; the stress of a structure without a volume is NaN.
     """
     positions = graph.positions.detach().clone().requires_grad_(forces)
     moments = graph.moments.detach().clone().requires_grad_(magnetic_forces)
@@ -86,7 +86,7 @@ def evaluate(
         energy=energy,
         site_energies=site_energies,
         forces=-by_variable[id(positions)] if forces else None,
-        stress=_voigt(by_variable[id(strain)]) / graph.volume[:, None] if stress else None,
+        stress=_per_volume(_voigt(by_variable[id(strain)]), graph.volume) if stress else None,
         magnetic_forces=-by_variable[id(moments)] if magnetic_forces else None,
     )
 
@@ -250,6 +250,12 @@ def _symmetric(strain: torch.Tensor) -> torch.Tensor:
 
 def _voigt(tensors: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensors[..., a, b] for a, b in VOIGT], dim=-1)
+
+
+def _per_volume(values: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
+    """Values (G, 6) over volumes (G,); NaN without a volume, of which gradients of the others learn nothing."""
+    known = volume > 0
+    return torch.where(known[:, None], values / torch.where(known, volume, 1.0)[:, None], torch.nan)
 
 
 def _strain_from_voigt(voigt: torch.Tensor) -> torch.Tensor:

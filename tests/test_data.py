@@ -133,6 +133,33 @@ def test_groups_hold_one_structure_in_many_directions(tmp_path):
         read_labels(tmp_path / "parents.extxyz")
 
 
+def test_directions_of_two_recipes_are_not_mixed(tmp_path):
+    """Two calculations of one direction count from different zeros; the same file twice does not."""
+    coarse, fine = direction_frames("a"), direction_frames("a")
+    for atoms in fine:
+        atoms.calc.results["energy"] += 5e-3
+    write(tmp_path / "coarse.extxyz", coarse)
+    write(tmp_path / "fine.extxyz", fine)
+    with pytest.raises(LabelError, match="but not the energy"):
+        read_labels([tmp_path / "coarse.extxyz", tmp_path / "fine.extxyz"])
+    twice = read_labels([tmp_path / "coarse.extxyz", tmp_path / "coarse.extxyz"])
+    assert [len(group) for group in groups_of(twice)] == [6]
+
+
+def test_moments_of_elements_without_any_are_left_out():
+    atoms = labelled_frame()
+    label = label_from_atoms(atoms, "frame 0")
+    assert np.abs(label.moments[1]).max() > 0
+    assert label.carried_by(("Fe", "Al")) is label
+    iron = label.carried_by(("Fe",))
+    np.testing.assert_array_equal(iron.moments, [label.moments[0], np.zeros(3)])
+    np.testing.assert_array_equal(iron.magnetic_forces[0], label.magnetic_forces[0])
+    assert np.isnan(iron.magnetic_forces[1]).all()
+    assert iron.energy == label.energy
+    with pytest.raises(ValueError, match="read-only"):
+        iron.moments[0] = 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

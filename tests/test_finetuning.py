@@ -399,6 +399,8 @@ def test_command_line_tunes_every_member(files, tmp_path, capsys):
     assert main([*command, *replay, "--shift-energies"]) == 2
     assert "only one of the two" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main([*command, "--replay", str(files / "valid.extxyz")]) == 2
+    assert "is replayed, but validates or tests" in capsys.readouterr().err
     assert main([*command, *replay]) == 0
     notes = read_metadata(tmp_path / "run" / "member-1" / "model.safetensors")
     assert json.loads(notes["finetuned_from"]).keys() == {"b.safetensors"}

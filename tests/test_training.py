@@ -14,7 +14,7 @@ from ase.io import write
 from ase.units import GPa
 
 from mmace.cli import main
-from mmace.data import composition, fingerprint, read_labels
+from mmace.data import composition, fingerprint, label_from_atoms, read_labels
 from mmace.derivatives import Evaluation, evaluate
 from mmace.errors import LabelError, MMACEError, ModelFileError, StructureError
 from mmace.graph import Graph
@@ -729,6 +729,46 @@ def test_patience_counts_from_the_best_validation_whatever_is_kept(labels, tmp_p
     assert outcome.finished
     assert outcome.epoch < 40
     assert outcome.best_epoch == outcome.epoch
+
+
+def test_patience_waits_for_a_validation(labels, tmp_path):
+    """A run does not end before anything was validated, or between two validations."""
+    settings = recipe(epochs=9, learning_rate=2.0, clip=1e6, patience=1, validate_every=3, restrain_every=0)
+    outcome = train(labels["train"], labels["valid"], settings, tmp_path, seed=3)
+    assert outcome.epoch in (6, 9)
+    assert outcome.best_epoch >= 3
+    assert np.isfinite(outcome.best_score)
+
+
+def test_induced_moments_do_not_shift_energies(teacher, labels):
+    """What a code finds on aluminium follows from iron: the label is that of a model without moments there."""
+    plain = [x for x in labels["valid"] if "Al" in x.symbols and x.anisotropy_group is None]
+    induced = []
+    for label in plain:
+        moments = label.moments.copy()
+        moments[np.array(label.symbols) == "Al"] = [0.0, 0.03, -0.08]
+        forces = np.where(np.isnan(label.magnetic_forces), 0.0, label.magnetic_forces)
+        induced.append(replace(label, moments=moments, magnetic_forces=forces))
+    errors = errors_of(induced, predict(teacher, induced))
+    assert errors.energy_rmse_meV_per_atom < 1e-4
+    assert errors.magnetic_forces_rmse_meV_per_muB < 1e-4
+
+
+def test_labels_without_a_cell_train_beside_crystals(labels, tmp_path):
+    """Molecules have no stress and are not shaken; gradients stay finite."""
+    rng = np.random.default_rng(2)
+    molecules = []
+    for k in range(3):
+        atoms = Atoms("Fe2", positions=[[0, 0, 0], [0, 0, 2.0 + 0.1 * k]])
+        atoms.set_initial_magnetic_moments(rng.normal(size=(2, 3)))
+        atoms.calc = SinglePointCalculator(atoms, energy=2 * REFERENCE["Fe"] + 0.1 * k, forces=np.zeros((2, 3)))
+        atoms.info.update({"soc": 0, "parent": "molecule", "name": f"molecule-{k}"})
+        molecules.append(label_from_atoms(atoms, "molecule"))
+    settings = recipe(epochs=2, restrain_every=1)
+    outcome = train([*molecules, *labels["train"]], labels["valid"], settings, tmp_path, seed=3)
+    assert all(torch.isfinite(x).all() for x in outcome.model.parameters())
+    predicted = predict(outcome.model, molecules)
+    assert all(np.isnan(p.stress).all() and np.isfinite(p.forces).all() for p in predicted)
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_a_sentence(labels, tmp_path):

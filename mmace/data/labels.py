@@ -6,8 +6,8 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ase.io
@@ -18,6 +18,8 @@ from ..errors import LabelError
 from ..structures import moments_of
 
 SAME_GEOMETRY = 1e-5  # Å; file formats round
+SAME_MOMENT = 1e-6  # µB
+SAME_ENERGY = 1e-7  # eV
 
 Composition = frozenset[tuple[str, int]]
 
@@ -88,6 +90,21 @@ class LabelledStructure:
         structure = Atoms(self.symbols, positions=self.positions, cell=self.cell, pbc=self.pbc)
         structure.set_initial_magnetic_moments(self.moments.copy())
         return structure
+
+    def carried_by(self, carriers: Collection[str]) -> LabelledStructure:
+        """The label for a model whose `carriers` alone have moments: others have none, and no magnetic force is known.
+
+        What a calculation finds on other elements is induced by the carriers and follows them in such a model too.
+        """
+        other = np.array([symbol not in carriers for symbol in self.symbols])
+        if not other.any():
+            return self
+        return replace(
+            self,
+            moments=_with(self.moments, other, 0.0),
+            magnetic_forces=_with(self.magnetic_forces, other, np.nan),
+            magnetic_forces_parallel=_with(self.magnetic_forces_parallel, other, np.nan),
+        )
 
 
 def read_labels(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[LabelledStructure]:
@@ -217,6 +234,14 @@ def _frozen(values: np.ndarray | None, shape: tuple[int, ...], what: str, where:
     return array
 
 
+def _with(values: np.ndarray, atoms: np.ndarray, value: float) -> np.ndarray:
+    """A copy with another value for some atoms, that cannot be written to."""
+    changed = values.copy()
+    changed[atoms] = value
+    changed.flags.writeable = False
+    return changed
+
+
 def _check_group(members: Sequence[LabelledStructure]) -> None:
     first = members[0]
     for label in members[1:]:
@@ -233,4 +258,20 @@ def _check_group(members: Sequence[LabelledStructure]) -> None:
             raise LabelError(
                 f"{label.name} and {first.name} share the anisotropy group {first.anisotropy_group} but not the "
                 "structure: one group is one structure with its moments in different directions."
+            )
+    _check_zero(members)
+
+
+def _check_zero(members: Sequence[LabelledStructure]) -> None:
+    """Raise where labels of a group with the same moments have two energies, which count from different zeros then."""
+    moments = np.array([label.moments.ravel() for label in members])
+    energies = np.array([label.energy for label in members])
+    for k in range(1, len(members)):
+        same = np.abs(moments[:k] - moments[k]).max(axis=1) < SAME_MOMENT
+        other = np.flatnonzero(same & (np.abs(energies[:k] - energies[k]) > SAME_ENERGY))
+        if len(other):
+            raise LabelError(
+                f"{members[other[0]].name} and {members[k].name} share the anisotropy group "
+                f"{members[k].anisotropy_group} and the moments but not the energy: give the group's labels of one "
+                "recipe alone."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .. import __version__
 from ..data import LabelledStructure, Splits, read_labels, read_splits
-from ..errors import MMACEError
+from ..errors import LabelError, MMACEError
 from ..files import whole_file
 from ..io import file_hash, load_model, model_files, read_metadata
 from .distributed import Processes, process_group
@@ -88,7 +88,7 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="labels to train on; a file that is named twice counts twice",
+        help="labels to train on; those of a file that is named twice count twice, but for anisotropy groups",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--valid", nargs="+", metavar="FILE", help="labels that select the best weights")
@@ -127,6 +127,8 @@ def _finetune(args: argparse.Namespace) -> int:
     replay = read_labels(args.replay) if args.replay else []
     if args.replay_splits:
         replay = read_splits(args.replay_splits).select(replay, "train")
+    test_parents = read_splits(args.splits).test if args.splits else frozenset()
+    _check_replay(replay, {label.parent for label in valid_labels} | test_parents)
     fraction = args.replay_fraction if replay else 0.0
     runs = []
     for file in model_files(args.model):
@@ -145,6 +147,16 @@ def _finetune(args: argparse.Namespace) -> int:
         runs.append(_Member(recipe, Start(model, replay, fraction), notes))
     with process_group(args.device) as (processes, args.device):
         return _train_all(args, runs, train_labels, valid_labels, processes)
+
+
+def _check_replay(replay: Sequence[LabelledStructure], held_out: Set[str]) -> None:
+    """Raise where a parent that validates or tests would be replayed."""
+    both = sorted(held_out & {label.parent for label in replay})
+    if both:
+        raise LabelError(
+            f"the parent {both[0]} is replayed, but validates or tests: leave its labels out, or give the splits that "
+            "it belongs to as --replay-splits."
+        )
 
 
 def _stages(notes: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -262,13 +274,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     results = report(labels, predictions, splits.part_of if splits else None)
     print(table(results))
     if args.json:
-        results["model"] = {file.name: file_hash(file) for file in files}
+        results["model"] = _hashes(files)
         results["labels"] = _hashes(args.labels)
         _write_json(Path(args.json), results)
     return 0
 
 
-def _hashes(paths: Sequence[str]) -> dict[str, str]:
+def _hashes(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     """SHA-256 of files by the shortest ends of their paths that tell all of them apart."""
     files = [Path(path).resolve() for path in dict.fromkeys(paths)]
     length = 1

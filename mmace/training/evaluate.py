@@ -121,7 +121,8 @@ QUANTITIES: dict[str, tuple[Quantity, str]] = {
 def predict(model: MagneticMACE, labels: Sequence[LabelledStructure]) -> list[Prediction]:
     """Predictions for labels, in their order.
 
-    Energies of labels in an anisotropy group are given about the mean over the labels of that group.
+    Energies of labels in an anisotropy group are given about the mean over the labels of that group. Elements without
+    moments in the model have none here, whatever the label induced there, and NaN as magnetic force.
 
     Parameters
     ----------
@@ -130,6 +131,7 @@ def predict(model: MagneticMACE, labels: Sequence[LabelledStructure]) -> list[Pr
     labels : sequence of LabelledStructure
         Labels.
     """
+    labels = [label.carried_by(model.config.carriers) for label in labels]
     found: dict[int, Prediction] = {}
     single = [k for k, label in enumerate(labels) if label.anisotropy_group is None]
     for chunk in _chunks(single, labels):
@@ -315,7 +317,8 @@ def _predict_together(model: MagneticMACE, labels: Sequence[LabelledStructure]) 
     assert result.magnetic_forces is not None
     ends = np.cumsum([len(label) for label in labels])[:-1]
     forces = np.split(result.forces.double().cpu().numpy(), ends)
-    magnetic_forces = np.split(result.magnetic_forces.double().cpu().numpy(), ends)
+    carried = np.isin([symbol for x in labels for symbol in x.symbols], config.carriers)[:, None]
+    magnetic_forces = np.split(np.where(carried, result.magnetic_forces.double().cpu().numpy(), np.nan), ends)
     stress = result.stress.double().cpu().numpy()
     return [
         Prediction(float(e), f, s, m)

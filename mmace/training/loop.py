@@ -234,9 +234,13 @@ class _Run:
         )
         if saved is not None:
             self._restore(*saved)
-        self.ground = ground_energies([*train_labels, *(() if start is None else start.replay)])
+        train_labels, valid_labels, replay = (
+            [label.carried_by(self.model.config.carriers) for label in labels]
+            for labels in (train_labels, valid_labels, () if start is None else start.replay)
+        )
+        self.ground = ground_energies([*train_labels, *replay])
         self.labels, self.groups = self._batches(train_labels)
-        self.replay, self.replay_groups = self._batches([] if start is None else start.replay)
+        self.replay, self.replay_groups = self._batches(replay)
         known = [*self.groups, *self.replay_groups]
         self.spin_orbit_bound = max((_largest_anisotropy(group) for group in known), default=0.0)
         valid_single, valid_groups = self._batches(valid_labels)
@@ -252,7 +256,7 @@ class _Run:
             math.ceil((len(self.labels) + self.replayed) / recipe.batch_size),
             math.ceil((len(self.groups) + self.replayed_groups) / recipe.groups_per_step),
         )
-        known_labels = [*train_labels, *(() if start is None else start.replay)] if recipe.restrain_every else []
+        known_labels = [*train_labels, *replay] if recipe.restrain_every else []
         crystals = crystals_to_shake(known_labels, recipe.stiffness_of, recipe.shake_weight_of)
         self.loss: torch.nn.Module = _StepLoss(self.model, recipe, crystals, self.spin_orbit_bound, self.processes)
         if self.processes.count > 1:
@@ -307,7 +311,8 @@ class _Run:
         return Outcome(self._model_with(self.best), self._finished(), self.epoch, self.best_epoch, self.best_score)
 
     def _finished(self) -> bool:
-        stale = self.epoch - self.lowest_epoch > self.recipe.patience
+        validated = self.epoch > 0 and self.epoch % self.recipe.validate_every == 0
+        stale = validated and self.epoch - self.lowest_epoch > self.recipe.patience
         return self.epoch >= self.recipe.epochs or stale
 
     def _batches(self, labels: Sequence[LabelledStructure]) -> tuple[list[LabelBatch], list[DirectionBatch]]:

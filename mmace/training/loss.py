@@ -89,6 +89,6 @@ def direction_energies(model: MagneticMACE, batch: DirectionBatch) -> torch.Tens
 
 def _penalty(error: torch.Tensor, target: Target, limit: float) -> torch.Tensor:
     """Pseudo-Huber penalty, summed with the targets' weights."""
-    x = error * target.inverse_tolerance
+    x = torch.where(target.weight > 0, error * target.inverse_tolerance, 0.0)
     penalty = 2.0 * limit**2 * (torch.sqrt(1.0 + (x / limit).square()) - 1.0)
     return (target.weight * penalty).sum().double()

@@ -132,7 +132,7 @@ class Recipe:
     keep : str
         Which averaged weights are the result: `best` on the validation labels, or `last`, for few or noisy ones.
     patience : int
-        Stop after this many epochs without a better validation.
+        Stop at the validation that comes more than this many epochs after the best one.
     dtype : str
         float64 or float32.
     """

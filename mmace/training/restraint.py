@@ -124,7 +124,7 @@ def restraint_loss(model: MagneticMACE, probe: Probe) -> torch.Tensor:
     assert result.magnetic_forces is not None
     slope = -(result.magnetic_forces * probe.batch.axis).sum(1)
     too_flat = torch.relu(LEAST_SLOPE - slope) / SLOPE_TOLERANCE
-    tension = result.stress[:, :3].mean(1) * graph.volume / graph.counts
+    tension = torch.where(probe.expanded > 0, result.stress[:, :3].mean(1) * graph.volume / graph.counts, 0.0)
     falling = torch.relu(-tension) / TENSION_TOLERANCE
     return ((probe.stretched * _penalty(too_flat)).sum() + (probe.expanded * _penalty(falling)).sum()) / graph.n_graphs
 
@@ -219,13 +219,13 @@ def crystals_to_shake(
     weight : callable
         Chance of being drawn of each crystal of a composition, relative to others.
     """
-    ground = floor_energies(labels, stiffness)
+    ground = floor_energies([label for label in labels if all(label.pbc)], stiffness)
     crystals = []
     for label in labels:
         kind = composition(label.symbols)
         displaced = bool((np.abs(label.forces) > LARGEST_FORCE).any())
         atoms = label.atoms()
-        if label.anisotropy_group is not None or kind not in ground or displaced or not atoms.pbc.all():
+        if label.anisotropy_group is not None or kind not in ground or displaced or not all(label.pbc):
             continue
         crystals.append(Crystal(atoms, ground[kind], stiffness(kind), weight(kind)))
     return crystals
