@@ -17,7 +17,7 @@ from mmace.data.matpes import read_matpes
 from mmace.data.mlip import read_mlip
 from mmace.data.renamed import STRESS_UNITS, read_renamed
 from mmace.errors import LabelError
-from mmace.labels.files import read_checked
+from mmace.labels.files import read_checked, write_labels
 
 CELL = np.array([[4.1, 0.1, 0.0], [0.0, 4.0, 0.2], [0.1, 0.0, 4.3]])
 SYMBOLS = ["Fe", "Al", "Fe"]
@@ -456,6 +456,38 @@ def test_virials(labels, tmp_path):
     names.append("magnetic_forces=REF_magforces")
     assert run("extxyz", tmp_path / "a.xyz", "-o", tmp_path / "b.extxyz", "--map", *names) == 0
     assert_uphill_work(read_checked(tmp_path / "b.extxyz")[0])
+
+
+def test_virials_of_a_molecule_are_no_stress(labels, tmp_path):
+    frames = renamed_frames(labels[:2])
+    for atoms in frames:
+        atoms.info["REF_virial"] = np.zeros((3, 3))
+    frames[1].set_cell(None)
+    frames[1].pbc = False
+    write(tmp_path / "a.xyz", frames)
+    crystal, molecule = read_renamed(
+        tmp_path / "a.xyz",
+        {"energy": "REF_energy", "forces": "REF_forces", "virials": "REF_virial", "moments": "REF_magmom"},
+    )
+    assert "stress" in crystal.calc.results
+    assert "stress" not in molecule.calc.results
+
+
+def test_numbers_become_names_that_stay_text(labels, tmp_path):
+    """A parent of digits would be read back as a number, which no splits file holds."""
+    frames = renamed_frames(labels)
+    for k, atoms in enumerate(frames):
+        atoms.info["config_id"] = k // 2
+        atoms.info["kind"] = "bcc"
+    write(tmp_path / "a.xyz", frames)
+    names = ["energy=REF_energy", "forces=REF_forces", "moments=REF_magmom", "parent=config_id", "name=kind"]
+    assert run("extxyz", tmp_path / "a.xyz", "-o", tmp_path / "b.extxyz", "--map", *names) == 0
+    assert [x.info["parent"] for x in read_checked(tmp_path / "b.extxyz")[:3]] == ["a-0", "a-0", "a-1"]
+    assert {x.info["name"] for x in read_checked(tmp_path / "b.extxyz")} == {"bcc"}
+    spoilt = read_checked(tmp_path / "b.extxyz")
+    spoilt[0].info["parent"] = 3
+    with pytest.raises(LabelError, match="'parent' is 3, which is no name"):
+        write_labels(tmp_path / "c.extxyz", spoilt)
 
 
 # Bad input

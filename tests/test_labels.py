@@ -149,11 +149,6 @@ def test_opposite_moments_on_sites_that_differ_keep_both_spins() -> None:
     assert "nsppol 2" in write_input(job, SETTINGS, ("Fe",), "/paw")
 
 
-def test_collinear_recipe_refuses_canted_moments() -> None:
-    with pytest.raises(LabelError, match="non-collinear recipe"):
-        write_input(iron(), SETTINGS, ("Fe",), "/paw")
-
-
 @pytest.mark.parametrize(
     "atoms", [bulk("Fe", "bcc", 2.83), bulk("Al", "fcc", 4.04), bulk("Fe", "bcc", 2.83, cubic=True)]
 )
@@ -487,6 +482,16 @@ def test_label_files_are_enough_to_go_on_from(tmp_path: Path, monkeypatch: pytes
     assert main([*again, "--labels", labels, "--report", report]) == 0
     assert calls(tmp_path) == started + 1
     assert earlier_labels(plan, read_checked(labels)).keys() == {"one"}
+
+    run_plan(plan, tmp_path / "broken", stand_in(tmp_path, "sys.exit(3)"), only=["open"])
+    assert main([*arguments, str(tmp_path / "broken")]) == 0
+    stand_in(tmp_path)
+    again[again.index("--work") + 1] = str(tmp_path / "elsewhere")
+    started = calls(tmp_path)
+    assert main([*again, "--labels", labels, "--report", report]) == 0
+    assert calls(tmp_path) == started
+    assert main([*again, "--labels", labels, "--report", report, "--retry"]) == 0
+    assert calls(tmp_path) == started + 1, "what the gate rejected stays so, what failed is tried again"
     for changed in (feal("one", shift=0.0601), feal("one", moment=2.703)):
         assert not earlier_labels(Plan("test", COLLINEAR, (changed,)), read_checked(labels))
     assert not earlier_labels(Plan("test", NONCOLLINEAR, (feal("one"),)), read_checked(labels))
@@ -783,6 +788,7 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
         ((replace(feal(), symbols=("Fe", "Qq")),), "unknown element"),
         ((replace(feal(), moments=((0, 0, float("nan")), (0, 0, 0))),), "finite"),
         ((replace(feal(), moments=((0, 0, 1), (0, 0, 1))),), "no carrier"),
+        ((iron(),), "off the z axis need a non-collinear recipe"),
     ],
 )
 def test_bad_plans_are_refused(jobs: tuple[Job, ...], words: str) -> None:

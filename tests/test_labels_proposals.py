@@ -154,6 +154,16 @@ def test_directions_follow_the_recipe(noncollinear):
     assert 1.0 < longest <= 2.0 + 1e-8
 
 
+def test_collinear_proposals_from_canted_labels():
+    """A displaced structure keeps the moments of its label, unless the recipe has no place for them."""
+    canted = [frame(f"p{k}", 0.02 * k) for k in range(4)]
+    for atoms in canted:
+        atoms.set_initial_magnetic_moments([[1.0, 0.5, 1.0], [0, 0, 0]])
+    plan, chosen = propose(canted, TRAIN, [model(), model(0.1)], RECIPE, "next", 12, 64)
+    assert "displacement" in {candidate.origin for candidate in chosen}
+    assert all(np.abs(np.array(job.moments)[:, :2]).max() == 0.0 for job in plan.jobs)
+
+
 def test_walks_go_downhill_without_temperature(monkeypatch):
     """Steps along forces and magnetic forces lower the energy; a wrong sign of either would raise it."""
     monkeypatch.setattr(proposals, "WALK_TEMPERATURE", 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.io.extxyz import key_val_str_to_dict
 
 from ..errors import LabelError
 from .importing import UNITS, make_frame, voigt, with_parents
@@ -66,7 +67,7 @@ def read_renamed(
     frames = []
     orphans = []
     for index, atoms in enumerate(read_frames(path)):
-        frame = _frame(atoms, given, STRESS_UNITS[stress_unit], f"frame {index} of {path}", f"{stem}-{index}")
+        frame = _frame(atoms, given, STRESS_UNITS[stress_unit], f"frame {index} of {path}", stem, index)
         frames.append(frame)
         if "parent" not in frame.info:
             orphans.append(frame)
@@ -74,7 +75,14 @@ def read_renamed(
     return frames
 
 
-def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, name: str) -> Atoms:
+def _name(value: Any, stem: str) -> str:
+    """A value as a name: the file's is put before one that would be read back as a number or truth value."""
+    text = str(value)
+    is_text = isinstance(key_val_str_to_dict(f"x={text}")["x"], str)
+    return text if is_text else f"{stem}-{text}"
+
+
+def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem: str, index: int) -> Atoms:
     results = {} if atoms.calc is None else atoms.calc.results
 
     def find(quantity: str) -> Any:
@@ -89,16 +97,18 @@ def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, name
     moments = find("moments")
     if moments is None:
         raise LabelError(f"{where} has no magmoms: say what the moments are called, such as --map moments=REF_magmom.")
-    if "virials" in given:
+    if "virials" in given and atoms.cell.rank < 3:
+        stress = None
+    elif "virials" in given:
         stress = -voigt(find("virials"), where) / atoms.get_volume()
     else:
         stress = find("stress")
         stress = None if stress is None else unit * voigt(stress, where)
-    notes = {"name": name, "code": "unknown"}
+    notes = {"name": f"{stem}-{index}", "code": "unknown"}
     for key in ("parent", "name", "code", "recipe", "anisotropy_group"):
         value = find(key)
         if value is not None:
-            notes[key] = str(value)
+            notes[key] = _name(value, stem)
     soc = find("soc")
     magnetic = find("magnetic_forces")
     if magnetic is not None and np.ndim(magnetic) == 1:

@@ -184,8 +184,6 @@ def write_input(job: Job, settings: dict[str, Any], carriers: Sequence[str], dat
     elements = sorted(set(job.symbols), key=job.symbols.index)
     moments = np.array(job.moments)
     noncollinear = bool(settings["noncollinear"])
-    if not noncollinear and np.any(moments[:, :2]):
-        raise LabelError(f"job {job.name!r}: moments off the z axis need a non-collinear recipe")
     magnetic = [element in carriers for element in elements]
     if not any(magnetic):
         spin = "nsppol 1 nspden 1"

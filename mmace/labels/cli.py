@@ -22,7 +22,7 @@ from ..errors import LabelError
 from . import check
 from .collecting import collect, earlier_labels, earlier_rejections
 from .files import check_checksums, read_checked, write_checksums, write_labels, write_text
-from .gate import find_duplicates, one_of_each_job
+from .gate import FAILED, find_duplicates, one_of_each_job
 from .plan import read_plan, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, job_key, run_plan
 from .sampling import read_sampling
@@ -199,7 +199,8 @@ def _run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_checked(path)]))
     if args.report:
-        finished |= earlier_rejections(plan, _report(args.report)).keys()
+        rejected = earlier_rejections(plan, _report(args.report))
+        finished |= {name for name, reason in rejected.items() if not (args.retry and reason == FAILED)}
     counts = run_plan(plan, args.work, programs, _workers(args), args.retry, args.limit, args.only, finished)
     print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     return 0

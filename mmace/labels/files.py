@@ -64,8 +64,10 @@ def check_frame(atoms: Atoms, where: str) -> None:
         Something is missing, has the wrong shape, or is not finite where it must be.
     """
     for key in ("parent", "name", "code", "recipe"):
-        if not isinstance(atoms.info.get(key), str):
+        if key not in atoms.info:
             raise LabelError(f"{where}: info {key!r} is missing; every label needs its provenance")
+        if not isinstance(atoms.info[key], str):
+            raise LabelError(f"{where}: info {key!r} is {atoms.info[key]!r}, which is no name; put letters before it")
     if "soc" not in atoms.info:
         raise LabelError(f"{where}: info 'soc' is missing; give 0 without or 1 with spin-orbit coupling")
     label = label_from_atoms(atoms, where)

@@ -17,6 +17,7 @@ from .plan import Job, Plan
 from .run import job_key
 
 MOMENT_TOLERANCE = 2e-3
+FAILED = "failed"
 COLLAPSED_MOMENT = 0.1
 SPREAD_TOLERANCE = 2e-2
 DUPLICATE_TOLERANCE = 1e-5
@@ -43,7 +44,7 @@ def judge(job: Job, result: dict[str, Any], carriers: Sequence[str]) -> str | No
         settled beside the symmetry), `collapsed` (an anisotropy job whose moments vanished), or None.
     """
     if "failed" in result:
-        return "failed"
+        return FAILED
     if not result["converged"]:
         return "scf"
     if not all(np.isfinite(result[key]).all() for key in ("energy", "forces", "stress") if key in result):

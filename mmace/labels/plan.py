@@ -156,6 +156,9 @@ def check_plan(plan: Plan) -> None:
                 raise LabelError(f"{where}: {key} must be {shape[0]}×{shape[1]} finite numbers")
         if any(np.any(m) and s not in plan.recipe.carriers for s, m in zip(job.symbols, job.moments, strict=True)):
             raise LabelError(f"{where}: an element that is no carrier has a target moment; set it to zero")
+        collinear = plan.recipe.engine == "abinit" and not plan.settings(job).get("noncollinear")
+        if collinear and np.any(np.array(job.moments)[:, :2]):
+            raise LabelError(f"{where}: moments off the z axis need a non-collinear recipe")
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:

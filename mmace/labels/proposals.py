@@ -186,7 +186,7 @@ def _draw(
         atoms.set_cell(stretch * atoms.cell.array @ (np.eye(3) + (matrix + matrix.T) / 2), scale_atoms=True)
     elif origin == "displacement":
         atoms.positions += rng.uniform(-1, 1, (len(atoms), 3)) * LARGEST_DISPLACEMENT
-    if origin != "displacement":
+    if origin != "displacement" or (not noncollinear and moments[:, :2].any()):
         moments = _changed_moments(atoms, moments, longest, noncollinear, rng)
     atoms.set_initial_magnetic_moments(moments)
     return Candidate(atoms, parent, origin)
