@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 NEGLIGIBLE = 1e-6
 """Parameters below this, in meV, are zero."""
+BOUNDARY = 1e-6
+"""Fractional coordinates closer to a whole number than this are that number."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class SpinTable:
         """Symmetric traceless parts, meV, shape (P, 3, 3)."""
         symmetric = (self.tensor + self.tensor.transpose(0, 2, 1)) / 2
         return np.asarray(symmetric - self.isotropic[:, None, None] * np.eye(3))
+
+    def in_first_cell(self) -> tuple[Array, NDArray[np.int64]]:
+        """Return fractional positions within [0, 1), shape (n, 3), and the cells of the second that go with them.
+
+        Positions closer to a boundary than `BOUNDARY` lie on it, so that a program that folds them does not move them.
+        """
+        whole = np.floor(self.scaled + BOUNDARY).astype(np.int64)
+        return np.maximum(self.scaled - whole, 0.0), self.shift + whole[self.second] - whole[self.first]
 
     def uniaxial(self, program: str, drop: bool) -> tuple[Array, Array]:
         """Return K in meV and n of -Σ K (n·e)² for every site, shapes (n,) and (n, 3).
@@ -130,13 +140,12 @@ def vampire(table: SpinTable, drop: bool) -> dict[str, str]:
     lines = ["# Unit cell size (Angstrom):", _row(lengths), "# Unit cell lattice vectors:"]
     lines += [_row(v) for v in table.cell / lengths[:, None]]
     lines += ["# Atoms", f"{len(table.elements)} {len(table.elements)}"]
-    # rounding below a cell boundary is no other cell
-    whole = np.floor(table.scaled + 1e-9).astype(int)
-    lines += [f"{k} {_row(p)} {k} {k} {k}" for k, p in enumerate(np.maximum(table.scaled - whole, 0.0))]
+    positions, shifts = table.in_first_cell()
+    lines += [f"{k} {_row(p)} {k} {k} {k}" for k, p in enumerate(positions)]
     lines += ["# Interactions", f"{len(table.first)} tensorial"]
     for k, (i, j) in enumerate(zip(table.first, table.second, strict=True)):
-        shift = table.shift[k] + whole[j] - whole[i]
-        lines.append(f"{k} {i} {j} {shift[0]} {shift[1]} {shift[2]} {_row(tensors[k].ravel())}")
+        a, b, c = shifts[k]
+        lines.append(f"{k} {i} {j} {a} {b} {c} {_row(tensors[k].ravel())}")
     materials = [f"material:num-materials={len(table.elements)}"]
     for k, element in enumerate(table.elements):
         length = float(np.linalg.norm(table.moments[k]))
@@ -157,16 +166,20 @@ def vampire(table: SpinTable, drop: bool) -> dict[str, str]:
 
 
 def uppasd(table: SpinTable, drop: bool) -> dict[str, str]:
-    """Return ``posfile``, ``momfile``, ``jfile``, ``dmfile``, the head of ``inpsd.dat``; mRy, lattice coordinates."""
+    """Return ``posfile``, ``momfile``, ``jfile``, ``dmfile`` and the head of ``inpsd.dat``, mRy.
+
+    Pairs are lattice translations (``maptype 2``), to which the program adds the difference of the positions that it
+    has folded into the first cell.
+    """
     target = CONVENTIONS["uppasd"]
     table.refuse_anisotropic("UppASD", drop)
     if np.abs(table.onsite).max(initial=0.0) > NEGLIGIBLE and not drop:
         MMACE.convert(table.onsite, target, "onsite")
     exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
-    between = table.shift + table.scaled[table.second] - table.scaled[table.first]
-    pairs = [f"{i + 1} {j + 1} {_row(r)}" for i, j, r in zip(table.first, table.second, between, strict=True)]
+    positions, shifts = table.in_first_cell()
+    pairs = [f"{i + 1} {j + 1} {a} {b} {c}" for i, j, (a, b, c) in zip(table.first, table.second, shifts, strict=True)]
     files = {
-        "posfile": [f"{k + 1} {k + 1} {_row(p)}" for k, p in enumerate(table.scaled)],
+        "posfile": [f"{k + 1} {k + 1} {_row(p)}" for k, p in enumerate(positions)],
         "momfile": [
             f"{k + 1} 1 {np.linalg.norm(m):.10f} {_row(m / np.linalg.norm(m))}" for k, m in enumerate(table.moments)
         ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from ase import Atoms
+from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.errors import ConventionError, OptionError, OutputError
@@ -104,29 +105,75 @@ def test_vampire_keeps_the_cell_of_an_atom_on_its_boundary(plain, tmp_path):
     np.testing.assert_array_equal(shifts, table.shift)
 
 
-def test_uppasd(plain, tmp_path):
-    """Energy of its code: -Σ_{i≠j} J S·S in mRy, and +Σ D·(S×S); bonds in lattice coordinates."""
-    export(plain, "uppasd", tmp_path)
-    table = spin_table(plain)
+def uppasd_bonds(folder, name):
+    """Sites, vector in Å and values of each pair, as the program makes them from maptype 2 and posfiletype D.
+
+    Its input handler folds the basis into the first cell with a tolerance of 1e-7, and the vector of a pair is
+    Bas(j) - Bas(i) + C1 r1 + C2 r2 + C3 r3.
+    """
+    head = (folder / "inpsd.dat").read_text().splitlines()
+    start = next(k for k, x in enumerate(head) if x.startswith("cell"))
+    cell = np.array([x.split()[-3:] for x in head[start : start + 3]], float)
+    assert {"maptype 2", "posfiletype D", "Sym 0"} <= set(head)
+    direct = np.loadtxt(folder / "posfile", ndmin=2)[:, 2:]
+    basis = (direct - np.floor(direct + 1e-7)) @ cell
+    rows = np.loadtxt(folder / name, ndmin=2)
+    first, second = rows[:, 0].astype(int) - 1, rows[:, 1].astype(int) - 1
+    return cell, basis, first, second, basis[second] - basis[first] + rows[:, 2:5] @ cell, rows[:, 5:]
+
+
+def check_uppasd(dataset, folder):
+    """Every pair is there with its own vector and ends on its second atom; the energy is that of the dataset."""
+    export(dataset, "uppasd", folder)
+    table = spin_table(dataset)
     sites = len(table.elements)
-    positions = np.loadtxt(tmp_path / "posfile")[:, 2:]
+    expected = (table.shift + table.scaled[table.second] - table.scaled[table.first]) @ table.cell
     spins, energy = random_spins(sites), 0.0
-    for name, columns in (("jfile", 1), ("dmfile", 3)):
-        for row in np.loadtxt(tmp_path / name):
-            i, j, bond = int(row[0]) - 1, int(row[1]) - 1, row[2:5]
-            shift = bond - positions[j] + positions[i]
-            np.testing.assert_allclose(shift, np.rint(shift), atol=1e-9)
-            here, there = partners(spins, sites, i, j, np.rint(shift))
-            if columns == 1:
-                energy -= row[5] * (here * there).sum()
+    names = ["jfile"] + ["dmfile"] * (folder / "dmfile").exists()
+    for name in names:
+        cell, basis, first, second, bonds, values = uppasd_bonds(folder, name)
+        np.testing.assert_allclose(cell, table.cell, atol=1e-9)
+        np.testing.assert_array_equal(first, table.first)
+        np.testing.assert_allclose(bonds, expected, atol=1e-8)
+        for i, j, bond, value in zip(first, second, bonds, values, strict=True):
+            places = np.linalg.solve(cell.T, (basis[i] + bond - basis).T).T
+            off = np.abs(places - np.rint(places)).max(axis=1)
+            assert np.flatnonzero(off < 1e-6).tolist() == [j]
+            # spins are those of the dataset's cells, which the basis need not lie in
+            shift = np.rint(np.linalg.solve(cell.T, bond) - table.scaled[j] + table.scaled[i])
+            here, there = partners(spins, sites, i, j, shift)
+            if name == "jfile":
+                energy -= value[0] * (here * there).sum()
             else:
-                energy += (np.cross(here, there) @ row[5:8]).sum()
-    assert energy * RYDBERG == pytest.approx(expected_energy(plain, spins), rel=1e-8)
+                energy += (np.cross(here, there) @ value).sum()
+    assert energy * RYDBERG == pytest.approx(expected_energy(dataset, spins), rel=1e-8)
+    return names
+
+
+def test_uppasd(plain, tmp_path):
+    """Energy of its code, -Σ_{i≠j} J S·S and +Σ D·(S×S) in mRy, with the bonds that it makes of the files."""
+    assert check_uppasd(plain, tmp_path) == ["jfile", "dmfile"]
     moments = np.loadtxt(tmp_path / "momfile")
-    np.testing.assert_allclose(moments[:, 2], np.linalg.norm(table.moments, axis=1))
-    head = (tmp_path / "inpsd.dat").read_text()
-    for keyword in ("maptype 2", "posfiletype D", "Sym 0", "dm ./dmfile"):
-        assert keyword in head
+    np.testing.assert_allclose(moments[:, 2], np.linalg.norm(spin_table(plain).moments, axis=1))
+    assert "dm ./dmfile" in (tmp_path / "inpsd.dat").read_text()
+
+
+def test_uppasd_bonds_between_sublattices(tmp_path):
+    """Two sites of an antiferromagnetic bcc cell: the nearest neighbours are on the other one."""
+    atoms = with_moments(bulk("Fe", cubic=True, a=2.83), [[0, 0, 2.2], [0, 0, -2.2]])
+    dataset = Exchange(states=0, points=5, mesh=4).run(atoms, CapableToy(Heisenberg(-2e-3, 2.6)))
+    assert check_uppasd(dataset, tmp_path) == ["jfile"]
+    _, _, first, second, bonds, _ = uppasd_bonds(tmp_path, "jfile")
+    lengths = np.linalg.norm(bonds[first != second], axis=1)
+    assert np.count_nonzero(np.isclose(lengths, 2.83 * np.sqrt(3) / 2)) == 16
+
+
+def test_uppasd_folds_the_basis_as_the_program_does(plain, tmp_path):
+    """Sites outside the first cell, or below its boundary by rounding, keep their bonds."""
+    scaled = plain["scaled"].values.copy()
+    scaled[0] += [1, 0, -1]
+    scaled[1, 1] = -1e-17
+    check_uppasd(plain.assign_coords(scaled=plain["scaled"].variable.copy(data=scaled)), tmp_path)
 
 
 def spirit_tables(text):
