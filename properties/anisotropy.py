@@ -17,7 +17,7 @@ from .conventions import MICRO_EV, MJ_PER_M3
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .magnetoelastic import magnetoelastic
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .symmetry import Pattern, PatternSymmetry, orbit, pattern_symmetry, shortest_rotation
+from .symmetry import Pattern, PatternSymmetry, orbit, pattern_symmetry, shortest_rotation, site_symmetry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,22 +234,23 @@ class Anisotropy(Property):
         super().check(atoms, calculator)
         if np.linalg.norm(moments_of(atoms), axis=1).max() <= ZERO_MOMENT:
             raise MomentError("no atom carries a moment, so there is no anisotropy; give moments in µB")
-        if self.options.relax == "each" and self.mode(calculator) == "full":
+        mode = self.mode(calculator)
+        if self.options.relax == "each" and mode != "magnitudes":
             raise OptionError(
-                "moments relaxed in full at each direction would turn to the easy axis; relax magnitudes, or once"
+                f"relax each and moments {mode} do not go together: at each direction it is magnitudes that are "
+                "relaxed; choose moments magnitudes, or relax once"
             )
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute E(n), constants, axes and torques with one model."""
-        mode = self.mode(calculator)
         progress("relax moments", 0, 1)
-        moments = calculator.relax_moments([atoms], mode)[0]
+        moments = calculator.relax_moments([atoms], self.mode(calculator))[0]
         progress("relax moments", 1, 1)
         if np.linalg.norm(moments, axis=1).max() <= 1e-3:
             raise MomentError("the moments vanish when they are relaxed, so there is no anisotropy; start elsewhere")
         pattern = Pattern.of(moments)
         symmetry = pattern_symmetry(atoms, pattern.along, self.options.symprec, self.options.mag_symprec)
-        surface = Surface(atoms, calculator, moments, self.options.relax == "each" and mode == "magnitudes")
+        surface = Surface(atoms, calculator, moments, self.options.relax == "each")
         points, weights = lebedev_rule(LEBEDEV[self.options.directions])
         local = points.T
         directions = local @ symmetry.frame
@@ -257,6 +258,7 @@ class Anisotropy(Property):
             dataset = self._collinear(pattern, symmetry, surface, local, directions, weights, progress)
         else:
             dataset = self._general(pattern, symmetry, surface, directions, weights, progress)
+            dataset.attrs["images"] = _images_of(atoms, moments, self.options.symprec, self.options.mag_symprec)
         dataset = dataset.assign_coords(_site_coords(atoms))
         dataset["moments"] = variable(("site", "xyz"), moments, "µB", "moments that were turned")
         dataset["frame"] = variable(("frame_axis", "xyz"), symmetry.frame, "1", "axes x', y', z' of the lattice")
@@ -476,9 +478,9 @@ class Anisotropy(Property):
             )[0]
 
         def energies(cell: Atoms, pattern_moments: Array, directions: Array) -> Array:
-            each = self.options.relax == "each" and mode == "magnitudes"
             pattern = Pattern.of(pattern_moments)
-            return Surface(cell, calculator, pattern_moments, each)(pattern.towards(directions))["energy"]
+            surface = Surface(cell, calculator, pattern_moments, self.options.relax == "each")
+            return surface(pattern.towards(directions))["energy"]
 
         return magnetoelastic(
             atoms,
@@ -491,12 +493,16 @@ class Anisotropy(Property):
         )
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Restore the length of axes that were averaged, and say in words what holds."""
+        """Restore the length of axes and the orthogonality of rotations that were averaged; say in words what holds."""
         dataset.attrs.pop("rotations")
+        dataset.attrs.pop("images", None)
         for name in ("easy_axis", "hard_axis"):
             if name in dataset:
                 length = np.linalg.norm(dataset[name].values)
                 dataset[name].values[...] = dataset[name].values / length
+        for name in ("easy_rotation", "hard_rotation"):
+            if name in dataset and np.isfinite(dataset[name].values).all():
+                dataset[name].values[...] = _nearest_rotation(dataset[name].values)
         if int(dataset["is_zero"]):
             dataset.attrs["note"] = ZERO_NOTE[calculator.soc is False]
         elif float(dataset.get("symmetry_residual", xr.DataArray(0.0))) > 1e-2 * float(dataset["mae"]):
@@ -507,7 +513,7 @@ class Anisotropy(Property):
         return dataset
 
     def align(self, parts: list[xr.Dataset]) -> list[xr.Dataset]:
-        """Choose among each member's equivalent axes the one closest to the first member's."""
+        """Choose among each member's equivalent axes or orientations the one closest to the first member's."""
         if len({(p.attrs["expansion"], p.attrs["system"], p.attrs["collinear"]) for p in parts}) > 1:
             raise CalculatorError(
                 "the members of the committee relax to moments of different symmetry; keep the moments fixed"
@@ -521,6 +527,15 @@ class Anisotropy(Property):
                 if np.all(np.isfinite(overlaps)):
                     best = int(np.argmax(np.abs(overlaps)))
                     part[name].values[...] = images[best] * np.sign(overlaps[best])
+        for name in ("easy_rotation", "hard_rotation"):
+            if name not in parts[0]:
+                continue
+            for part in parts[1:]:
+                left, right = part.attrs["images"]
+                images = left @ part[name].values @ right
+                overlaps = np.einsum("gxy,xy->g", images, parts[0][name].values)
+                if np.all(np.isfinite(overlaps)):
+                    part[name].values[...] = images[int(np.argmax(overlaps))]
         return parts
 
     @staticmethod
@@ -577,6 +592,39 @@ class Anisotropy(Property):
         from .plot import plot_anisotropy
 
         return plot_anisotropy(dataset)
+
+
+def _images_of(atoms: Atoms, moments: Array, symprec: float, mag_symprec: float) -> tuple[Array, Array]:
+    """Return what takes an orientation of moments to those of the same energy.
+
+    An operation g of the crystal takes the moments R m_i to det(g) g R m_i at another atom j. Where a rotation Q takes
+    every m_j to m_i, or every one to -m_i, that is the pattern turned by det(g) g R Q, or its time reverse.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    moments : not collinear, shape (N, 3), µB.
+    symprec, mag_symprec : tolerances in Å and µB.
+
+    Returns
+    -------
+    Rotations det(g) g and Q, shapes (G, 3, 3): the images of R are their products on its left and right.
+    """
+    crystal = site_symmetry(atoms, np.zeros_like(moments), False, symprec, mag_symprec)
+    left, right = [], []
+    for rotation, image in zip(crystal.rotations, crystal.images, strict=True):
+        for sign in (1, -1):
+            turn = _nearest_rotation(sign * moments.T @ moments[image])
+            if np.linalg.norm(moments[image] @ turn.T - sign * moments, axis=1).max() <= mag_symprec:
+                left.append(np.linalg.det(rotation) * rotation)
+                right.append(turn)
+    return np.array(left), np.array(right)
+
+
+def _nearest_rotation(matrix: Array) -> Array:
+    """Return the proper rotation closest to a matrix (3, 3)."""
+    u, _, v = np.linalg.svd(matrix)
+    return np.asarray(u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v)
 
 
 def _rms(values: Array, weights: Array) -> float:

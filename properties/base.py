@@ -16,7 +16,7 @@ from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
 from . import provenance
-from .errors import OptionError, PropertyError, StructureError, did_you_mean
+from .errors import CalculatorError, OptionError, PropertyError, StructureError, did_you_mean
 from .files import write_whole
 from .journal import Journal
 from .protocol import MODES, MomentMode, SpinCalculator, moments_of
@@ -65,6 +65,7 @@ class Options:
         """
         hints = get_type_hints(type(self))
         for item in fields(self):
+            object.__setattr__(self, item.name, _plain(getattr(self, item.name)))
             value, hint, choices = getattr(self, item.name), hints[item.name], item.metadata.get("choices")
             for part in value if isinstance(value, tuple) else (value,):
                 if choices is not None and part not in choices:
@@ -77,6 +78,13 @@ class Options:
         for name in ("symprec", "mag_symprec"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"the option {name} must be positive")
+
+
+def _plain(value: Any) -> Any:
+    """Return lists and arrays as tuples and numpy's numbers as Python's, so that options can be hashed and written."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(_plain(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -107,12 +115,19 @@ class Row:
     value : number, or text.
     unit : unit of value and spread.
     spread : standard deviation over the committee, None without one.
+    key : what it is in the tables of any structure, for a label that holds what differs between them; the label by
+        default.
     """
 
     label: str
     value: float | str
     unit: str = ""
     spread: float | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the label as the key where there is none."""
+        object.__setattr__(self, "key", self.key or self.label)
 
 
 def variable(dims: Sequence[str] | str, data: ArrayLike, units: str, long_name: str) -> xr.Variable:
@@ -228,8 +243,8 @@ class Property(ABC):
         Raises
         ------
         PropertyError : bad structure, moments, options or calculator, or half of a committee's members or more give
-            no result; no result is returned half-done. Fewer are left out with a warning, and named in the attribute
-            ``members_without_result``.
+            no result, or none like the others'; no result is returned half-done. Fewer are left out with a warning, and
+            named in the attribute ``members_without_result``.
         """
         asked = calculator if isinstance(calculator, SpinCalculator) else SpinCalculator(calculator)
         if journal is not None:
@@ -239,11 +254,16 @@ class Property(ABC):
         members = asked.members
         shared = self.prepare(atoms, members, progress)
         parts, failed = _of_members(shared, atoms, members, progress)
-        kept = sorted(set(range(len(members))) - set(failed))
-        dataset = parts[0] if len(members) == 1 else combine(shared.align(parts), kept)
+        dataset = parts[0]
+        if len(members) > 1:
+            kept = [k for k in range(len(members)) if k not in failed]
+            aligned = dict(zip(kept, shared.align(parts), strict=True))
+            failed |= _unlike(aligned, len(members))
+            kept = [k for k in kept if k not in failed]
+            dataset = combine([aligned[k] for k in kept], kept)
         dataset = shared.finish(dataset, asked)
         if failed:
-            sentences = "; ".join(f"member {k + 1}: {' '.join(str(error).split())}" for k, error in failed.items())
+            sentences = "; ".join(f"member {k + 1}: {' '.join(str(failed[k]).split())}" for k in sorted(failed))
             dataset.attrs["members_without_result"] = sentences
             warnings.warn(
                 f"mean and spread are over {len(kept)} of {len(members)} members of the committee ({sentences})",
@@ -296,6 +316,48 @@ def _of_members(
             if 2 * len(failed) >= len(members):
                 raise
     return parts, failed
+
+
+def _unlike(parts: Mapping[int, xr.Dataset], total: int) -> dict[int, PropertyError]:
+    """Return which datasets cannot be averaged with those of most members, as an error each.
+
+    Parameters
+    ----------
+    parts : aligned datasets by the members' numbers.
+    total : size of the committee, with members that gave no dataset.
+
+    Raises
+    ------
+    CalculatorError : half of the committee or fewer have datasets that go together.
+    """
+    alike = {k: [j for j, other in parts.items() if not _differences(part, other)] for k, part in parts.items()}
+    most = max(alike.values(), key=len)
+    unlike = {k: ", ".join(_differences(part, parts[most[0]])) for k, part in parts.items() if k not in most}
+    if unlike and 2 * len(most) <= total:
+        raise CalculatorError(
+            f"the results of the committee's members differ in {next(iter(unlike.values()))}, and no majority agrees; "
+            "where their moments relax to different states, keep the moments fixed"
+        )
+    return {
+        k: CalculatorError(f"its result differs from that of most members in {names}") for k, names in unlike.items()
+    }
+
+
+def _differences(one: xr.Dataset, other: xr.Dataset) -> list[str]:
+    """Return why two datasets cannot be averaged: names of dimensions, or variables, or coordinates that differ.
+
+    Coordinates are compared where they are names or indices; those that are numbers may follow a member's moments.
+    """
+    sizes = [str(d) for d in {**one.sizes, **other.sizes} if one.sizes.get(d) != other.sizes.get(d)]
+    names = sorted(str(name) for name in one.variables.keys() ^ other.variables.keys())
+    labels = [
+        str(name)
+        for name, item in one.coords.items()
+        if name in other.coords
+        and not np.issubdtype(item.dtype, np.floating)
+        and not np.array_equal(item.values, other[name].values)
+    ]
+    return sizes or names or labels
 
 
 def combine(parts: Sequence[xr.Dataset], members: Sequence[int]) -> xr.Dataset:

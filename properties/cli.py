@@ -240,7 +240,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         calculator,
         order=args.order,
         table=table,
-        moments=None if moments_file is None else read_moments(moments_file, len(structure)),
+        moments=None if moments_file is None else read_moments(moments_file, structure),
     )
     _print_start(console, start, calculator, mode, named)
     journal = Journal.beside(output)

@@ -18,8 +18,8 @@ from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import ConvergenceError, MomentError, OptionError
 from .lattice import Lattice, ase_atoms, full_pairs, primitive_matrix, supercell_matrix, unit_index
-from .magnon import ROUGH, ROUNDING, SMALLEST_MOMENT, settled
-from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .magnon import ROUGH, ROUNDING, settled
+from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .supercell import knows_rows, transverse
 from .symmetry import band_path
 
@@ -399,7 +399,7 @@ class Coupled(Property):
             segment = "-".join("Γ" if end == "G" else end for end in ends)
             label = f"gap on {segment} at q = ({q}), {energy:.2f} meV"
             label += "" if members[place] == count else f", in {members[place]} of {count} members"
-            found.setdefault(label, Row(label, float(gaps[place]), "meV", spread))
+            found.setdefault(label, Row(label, float(gaps[place]), "meV", spread, f"gap {len(found) + 1}"))
         return [*rows, *found.values()]
 
     def plot(self, dataset: xr.Dataset) -> "Figure":

@@ -24,8 +24,7 @@ from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .exchange import Exchange
 from .export import spin_table, spirit
 from .orders import CollinearOrder, collinear_orders
-from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .references import SMALLEST_MOMENT
+from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .sampling import KINDS, Kind, Measure, Statistics, Walkers, crossing, peak, statistics, with_error
 from .spiral import primitive_cell
 from .supercell import Supercell
@@ -449,9 +448,13 @@ class Curie(Property):
             ahead = f"{dataset.attrs['order']}, {float(dataset.attrs['order_ahead']):.3g} meV/atom below the next"
             rows.append(Row("lowest order", ahead))
         rows += [Row("moment of the reference", float(dataset["moment"]), "µB", spread_of(dataset, "moment"))]
-        for key, label in (("tc_mean_field", f"mean field of J, {dataset.attrs['ordering']}"), ("tc_rpa", "RPA of J")):
-            if np.isfinite(float(dataset[key])):
-                rows.append(Row(label + of_members(dataset, key), float(dataset[key]), "K", spread_of(dataset, key)))
+        for name, key, detail in (
+            ("tc_mean_field", "mean field of J", f", {dataset.attrs['ordering']}"),
+            ("tc_rpa", "RPA of J", ""),
+        ):
+            if np.isfinite(float(dataset[name])):
+                label = f"{key}{detail}{of_members(dataset, name)}"
+                rows.append(Row(label, float(dataset[name]), "K", spread_of(dataset, name), key))
         names = {
             "model": "spin model of J",
             "directions": "potential, directions",
@@ -473,16 +476,20 @@ class Curie(Property):
                     spread, some = float(dataset[f"{key}_std"][k]), of_members(dataset, key, way=k)
                     text = f"{text} (statistics) ± {spread:.0f} (members){some}"
                 used = f"{sizes[-1]}" if key == "tc_peak" else f"{sizes[-2]} and {sizes[-1]}"
-                rows.append(Row(f"{names[str(way)]}, {label}, {used} moments", text, "K"))
+                about = f"{names[str(way)]}, {label}"
+                rows.append(Row(f"{about}, {used} moments", text, "K", key=about))
         if np.isfinite(float(dataset["tc_measured"])):
-            rows.append(Row(f"measured, {dataset.attrs['measured']}", float(dataset["tc_measured"]), "K"))
-        for run in range(dataset.sizes["run"]):
+            label = f"measured, {dataset.attrs['measured']}"
+            rows.append(Row(label, float(dataset["tc_measured"]), "K", key="measured"))
+        ways = [names[str(way)] for way in dataset["run_way"].values]
+        for run, way_name in enumerate(ways):
             low, high = float(dataset["acceptance"][run].min()), float(dataset["acceptance"][run].max())
-            label = f"{names[str(dataset['run_way'].values[run])]}, {dataset['run_atoms'].values[run]} moments"
-            rows.append(Row(f"M(T), {label}", _series(dataset, "order", run)))
+            label = f"{way_name}, {dataset['run_atoms'].values[run]} moments"
+            size = f"{way_name}, size {ways[: run + 1].count(way_name)}"
+            rows.append(Row(f"M(T), {label}", _series(dataset, "order", run), key=f"M(T), {size}"))
             if np.isfinite(low):
-                rows.append(Row(f"|m|(T), {label}", _series(dataset, "length", run), "µB"))
-                rows.append(Row(f"accepted, {label}", f"{low:.2f} to {high:.2f}"))
+                rows.append(Row(f"|m|(T), {label}", _series(dataset, "length", run), "µB", key=f"|m|(T), {size}"))
+                rows.append(Row(f"accepted, {label}", f"{low:.2f} to {high:.2f}", key=f"accepted, {size}"))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":

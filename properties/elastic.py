@@ -10,14 +10,13 @@ from ase import Atoms, units
 from numpy.typing import NDArray
 from scipy.integrate import lebedev_rule
 from scipy.linalg import block_diag, null_space
-from scipy.spatial.transform import Rotation
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import BOLTZMANN, GPA, HBAR, MJ_PER_M3, VOIGT
 from .errors import ConvergenceError, OptionError
 from .journal import Part
 from .magnetoelastic import CUBIC, DEGREE, cubic_constants, magnetoelastic, projected
-from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
+from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, free_axes, moments_of, with_moments
 from .relax import Freedom, magnetic_residual, relax_structure
 from .stiffness import birch, from_six, lagrangian, to_six, to_tensor, to_voigt, voigt_rotation
 from .symmetry import Pattern, PatternSymmetry, SiteSymmetry, lattice_frame, pattern_symmetry, site_symmetry
@@ -186,27 +185,11 @@ def expand(
     full[size:, size:] = found["mm"].reshape(size, size)
     coupling = np.concatenate([found["er"].reshape(6, size), found["em"].reshape(6, size)], axis=1)
     moves = null_space(np.tile(np.eye(3), n)) if ions else np.zeros((size, 0))
-    free = mode == "full" and _turns_freely(atoms, calculator)
-    turns = _moment_basis(moments_of(atoms), mode, free)
+    turning = mode == "full" and calculator.turns_freely(atoms)
+    turns = free_axes(moments_of(atoms), mode, turning)
     basis = block_diag(moves, turns)
     inner = basis.T @ full @ basis
     return Expansion(found["ee"], coupling @ basis, (inner + inner.T) / 2, basis)
-
-
-def _moment_basis(moments: Array, mode: MomentMode, free: bool) -> Array:
-    """Return the components of the moments that follow, orthonormal, shape (3N, K)."""
-    lengths = np.linalg.norm(moments, axis=1)
-    if mode == "magnitudes":
-        carrying = np.flatnonzero(lengths > ZERO_MOMENT)
-        basis = np.zeros((*moments.shape, len(carrying)))
-        basis[carrying, :, np.arange(len(carrying))] = moments[carrying] / lengths[carrying, None]
-        return basis.reshape(moments.size, -1)
-    if mode == "fixed":
-        return np.zeros((moments.size, 0))
-    if not free or not lengths.max(initial=0.0) > ZERO_MOMENT:
-        return np.eye(moments.size)
-    rotations = np.array([np.cross(axis, moments).ravel() for axis in np.eye(3)])
-    return null_space(rotations, rcond=1e-6)
 
 
 def christoffel(constants: Array, stress: Array, directions: Array, density: float) -> Array:
@@ -297,7 +280,7 @@ class Elastic(Property):
         atoms = self._stationary(atoms, calculator, mode, progress)
         moments, volume, n = moments_of(atoms), atoms.get_volume(), len(atoms)
         forces, stress = calculator.forces(atoms, moments), from_six(calculator.stress(atoms, moments))
-        soc = not _turns_freely(atoms, calculator)
+        soc = not calculator.turns_freely(atoms)
         group = site_symmetry(atoms, moments, soc, self.options.symprec, self.options.mag_symprec)
         system, frame = lattice_frame(atoms, group.rotations, self.options.symprec)
         levels = _levels(mode)
@@ -503,16 +486,6 @@ def _symmetric(stiffness: Array, group: SiteSymmetry) -> Array:
     return to_voigt(group.tensor(to_tensor(stiffness)))
 
 
-def _turns_freely(atoms: Atoms, calculator: SpinCalculator) -> bool:
-    """Say whether all moments together turn at no cost: what the calculator says, or what its energy does."""
-    if calculator.soc is not None:
-        return not calculator.soc
-    moments = moments_of(atoms)
-    turned = moments @ Rotation.from_rotvec([0.7, -1.1, 0.4]).as_matrix().T
-    before = calculator.energy(atoms, moments)
-    return abs(calculator.energy(atoms, turned) - before) <= 1e-10 * max(1.0, abs(before))
-
-
 def _strained_stress(atoms: Atoms, calculator: SpinCalculator, gradient: Array, mode: MomentMode, ions: bool) -> Array:
     """Return the Cauchy stress in eV/Å³, shape (3, 3), after a deformation, with everything relaxed that follows it."""
     image = bare(atoms)
@@ -522,7 +495,8 @@ def _strained_stress(atoms: Atoms, calculator: SpinCalculator, gradient: Array, 
     def compute() -> Part:
         state = image
         if ions:
-            freedom = Freedom(cell="fixed", fmax=STRAINED_FORCE, symmetry=False)
+            force = max(STRAINED_FORCE, 0.1 * calculator.moment_tolerance)
+            freedom = Freedom(cell="fixed", fmax=force, symmetry=False)
             state = relax_structure(image, calculator, mode, freedom).atoms
         else:
             state = with_moments(image, calculator.relax_moments([image], mode)[0])

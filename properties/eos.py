@@ -12,10 +12,18 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.optimize import brentq, least_squares
 
-from .base import Options, Progress, Property, Row, derived, option, spread_of, variable
+from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
-from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
+from .protocol import (
+    SMALLEST_MOMENT,
+    ZERO_MOMENT,
+    MomentMode,
+    SpinCalculator,
+    bare,
+    moments_of,
+    with_moments,
+)
 from .structures import antiferromagnetic_signs
 
 if TYPE_CHECKING:
@@ -27,8 +35,7 @@ STATES = ("fm", "afm", "nm", "given")
 FITS = ("birch_murnaghan", "vinet")
 TIE = 1e-8
 """Energies in eV/atom closer than this are one."""
-VANISHED = 0.01
-"""A moment below this, in µB, has vanished."""
+TRANSITIONS = ("transition_pressure", "transition_volume_1", "transition_volume_2", "crossing_volume")
 WIDEST = (0.4, 2.5)
 """Volumes, relative to that of the structure, between which a minimum is looked for."""
 
@@ -300,7 +307,7 @@ class EquationOfState(Property):
             "moment": variable(both, mean, "µB", "mean |m| of the atoms that carry a moment"),
             "site_moments": variable((*both, "site", "xyz"), np.array(moments), "µB", "moments reached"),
             "order_kept": variable(
-                both, np.array(kept, dtype=np.int32), "1", "1 where the moments keep the order they began in"
+                both, np.array(kept, dtype=float), "1", "1 where the moments keep the order they began in"
             ),
             "E0": variable(one, field["e0"], "eV/atom", "energy at the minimum"),
             "V0": variable(one, field["v0"], "Å³/atom", "volume at the minimum"),
@@ -324,14 +331,14 @@ class EquationOfState(Property):
             coords["transition"] = variable(
                 "transition", np.array([f"{a}-{b}" for a, b in pairs]), "1", "pair of states"
             )
-            for column, (key, units, text) in enumerate(
-                (
-                    ("transition_pressure", "GPa", "pressure of equal enthalpy, NaN where there is none in the window"),
-                    ("transition_volume_1", "Å³/atom", "volume of the first state at that pressure"),
-                    ("transition_volume_2", "Å³/atom", "volume of the second state at that pressure"),
-                    ("crossing_volume", "Å³/atom", "volume of equal energy, NaN where there is none in the window"),
-                )
-            ):
+            texts = (
+                "pressure of equal enthalpy, NaN where there is none in the window",
+                "volume of the first state at that pressure",
+                "volume of the second state at that pressure",
+                "volume of equal energy, NaN where there is none in the window",
+            )
+            for column, (key, text) in enumerate(zip(TRANSITIONS, texts, strict=True)):
+                units = "GPa" if column == 0 else "Å³/atom"
                 data[key] = variable("transition", found[:, column] * (GPA if column == 0 else 1.0), units, text)
         return xr.Dataset(data, coords)
 
@@ -354,7 +361,11 @@ class EquationOfState(Property):
         return fits
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Name the ground state; it is nm where a state with moments has lost them."""
+        """Average transitions over the members that have one, and name the ground state.
+
+        It is nm where a state with moments has lost them.
+        """
+        dataset = over_members(dataset, TRANSITIONS)
         energies = dataset["E0"].sel(fit=FITS[0])
         lowest = energies["state"].values[energies.values <= energies.values.min() + TIE]
         dataset.attrs["ground_state"] = "nm" if "nm" in lowest else str(lowest[0])
@@ -386,17 +397,16 @@ class EquationOfState(Property):
             if state != "nm":
                 moment, spread = derived(dataset, partial(_moment_at_rest, state=state))
                 rows.append(Row(f"{state} |m| at V0", moment, "µB", spread))
-            if state != "nm" and float(dataset["moment"].sel(state=state).min()) < VANISHED:
+            if state != "nm" and float(dataset["moment"].sel(state=state).min()) < SMALLEST_MOMENT:
                 rows.append(Row(f"{state} moments", "vanish at some volumes"))
-            if not dataset["order_kept"].sel(state=state).values.all():
-                rows.append(Row(f"{state} order", "lost at some volumes"))
-        for pair in dataset["transition"].values if "transition" in dataset.coords else ():
+            if (dataset["order_kept"].sel(state=state) < 1).any():
+                rows.append(Row(f"{state} order", f"lost at some volumes{_who_lost(dataset, state)}"))
+        for k, pair in enumerate(dataset["transition"].values if "transition" in dataset.coords else ()):
             pressure = float(dataset["transition_pressure"].sel(transition=pair))
-            spread = spread_of(dataset, "transition_pressure", transition=pair)
+            key, spread = f"{pair} transition", spread_of(dataset, "transition_pressure", transition=pair)
+            label = f"{key}{of_members(dataset, 'transition_pressure', transition=k)}"
             rows.append(
-                Row(f"{pair} transition", pressure, "GPa", spread)
-                if np.isfinite(pressure)
-                else Row(f"{pair} transition", "none in the window")
+                Row(label, pressure, "GPa", spread, key) if np.isfinite(pressure) else Row(key, "none in the window")
             )
         return rows
 
@@ -446,6 +456,14 @@ def _above(dataset: xr.Dataset, state: str, ground: str) -> float:
 def _moment_at_rest(dataset: xr.Dataset, state: str) -> float:
     volume = float(dataset["V0"].sel(state=state, fit=FITS[0]))
     return float(np.interp(volume, dataset["volume"], dataset["moment"].sel(state=state)))
+
+
+def _who_lost(dataset: xr.Dataset, state: str) -> str:
+    """Return ``", k of n members"`` where only some members lose the order of a state, else nothing."""
+    if "order_kept_member" not in dataset:
+        return ""
+    lost = (dataset["order_kept_member"].sel(state=state) < 1).any("volume").values
+    return f", {lost.sum()} of {len(lost)} members" if not lost.all() else ""
 
 
 def _at_volume(atoms: Atoms, volume: float) -> Atoms:

@@ -546,7 +546,8 @@ class Exchange(Property):
             here, there = dataset["shell_count"].values[k].tolist()
             count = f"{here}" if here == there else f"{here} and {there}"
             spread = None if "shell_J_std" not in dataset else float(dataset["shell_J_std"][k])
-            rows.append(Row(f"{label}, {count} neighbours", float(dataset["shell_J"][k]), "meV", spread))
+            value, key = float(dataset["shell_J"][k]), f"J {_shell_key(dataset, k)}"
+            rows.append(Row(f"{label}, {count} neighbours", value, "meV", spread, key))
         strongest = derived(dataset, lambda d: float(np.linalg.norm(d["D"].values, axis=1).max(initial=0.0)))
         rows.append(Row("largest |D|", strongest[0], "meV", strongest[1]))
         if np.abs(dataset["anisotropic"]).max() > ROUNDING:
@@ -571,22 +572,23 @@ class Exchange(Property):
             ("direction_residual_biquadratic", "not common to all axes, with B"),
         ):
             if key in dataset and np.isfinite(value := float(dataset[key])):
-                rows.append(
-                    Row(label + of_members(dataset, key), value, dataset[key].attrs["units"], spread_of(dataset, key))
-                )
+                units, spread = dataset[key].attrs["units"], spread_of(dataset, key)
+                name = {"tc_mean_field": "Tc, mean field", "stiffness_sum": "stiffness, J truncated"}.get(key, label)
+                rows.append(Row(label + of_members(dataset, key), value, units, spread, name))
         rows += _rows_of_states(dataset)
         if "model_error" in dataset:
             for cone in dataset["cone"].values:
                 scale = float(dataset["model_scale"].sel(cone=cone))
                 for key, words in (("model_error", ""), ("model_error_biquadratic", " with B")):
                     if key in dataset:
-                        label = f"model error{words} at {cone:g}°, of {scale:.3g}"
-                        error = float(dataset[key].sel(cone=cone))
-                        rows.append(Row(label, error, "meV/magnetic atom", spread_of(dataset, key, cone=cone)))
+                        name = f"model error{words} at {cone:g}°"
+                        error, spread = float(dataset[key].sel(cone=cone)), spread_of(dataset, key, cone=cone)
+                        rows.append(Row(f"{name}, of {scale:.3g}", error, "meV/magnetic atom", spread, name))
         for k in range(dataset.sizes.get("fitted_shell", 0)):
             for key, label in (("biquadratic", "B"), ("bilinear", "J beside B")):
                 spread = None if f"{key}_std" not in dataset else float(dataset[f"{key}_std"][k])
-                rows.append(Row(f"{label} {_shell_name(dataset, k)}", float(dataset[key][k]), "meV", spread))
+                value, name = float(dataset[key][k]), f"{label} {_shell_key(dataset, k)}"
+                rows.append(Row(f"{label} {_shell_name(dataset, k)}", value, "meV", spread, name))
         return rows
 
     def plot(self, dataset: xr.Dataset) -> "Figure":
@@ -667,7 +669,8 @@ def _rows_of_states(dataset: xr.Dataset) -> list[Row]:
         for shell in range(min(2, dataset.sizes["shell"])):
             spread = None if "shell_J_state_std" not in dataset else float(dataset["shell_J_state_std"][k, shell])
             value = float(dataset["shell_J_state"][k, shell])
-            rows.append(Row(f"{name} alone: J {_shell_name(dataset, shell)}", value, "meV", spread))
+            label, key = (f"{name} alone: J {text(dataset, shell)}" for text in (_shell_name, _shell_key))
+            rows.append(Row(label, value, "meV", spread, key))
         for key, label in (
             ("state_residual", "Hessian missed by the common J"),
             ("state_energy", "energy, moments as relaxed"),
@@ -677,19 +680,30 @@ def _rows_of_states(dataset: xr.Dataset) -> list[Row]:
             if k or key == "state_residual":
                 rows.append(Row(f"{name}: {label}", float(dataset[key][k]), dataset[key].attrs["units"], spread))
     for shell in range(min(2, dataset.sizes["shell"]) if rows else 0):
-        label = f"spread between states: J {_shell_name(dataset, shell)}"
+        label, key = (f"spread between states: J {text(dataset, shell)}" for text in (_shell_name, _shell_key))
         spread = None if "shell_J_spread_std" not in dataset else float(dataset["shell_J_spread_std"][shell])
-        rows.append(Row(label, float(dataset["shell_J_spread"][shell]), "meV", spread))
+        rows.append(Row(label, float(dataset["shell_J_spread"][shell]), "meV", spread, key))
     return rows
 
 
 def _shell_name(dataset: xr.Dataset, k: int) -> str:
     """Return elements and distance of a shell, and whether its moments are parallel where some are not."""
-    name = f"{dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å"
+    turn = _shell_turn(dataset, k)
+    return f"{dataset['shell_pair'].values[k]}, {dataset['shell_distance'].values[k]:.3f} Å{turn}"
+
+
+def _shell_key(dataset: xr.Dataset, k: int) -> str:
+    """Return elements of a shell, whether its moments are parallel, and its number among such shells by distance."""
+    kinds = [f"{pair}{_shell_turn(dataset, n)}" for n, pair in enumerate(dataset["shell_pair"].values[: k + 1])]
+    return f"{kinds[k]}, shell {kinds.count(kinds[k])}"
+
+
+def _shell_turn(dataset: xr.Dataset, k: int) -> str:
+    """Return whether the moments of a shell are parallel, where some are not."""
     cosines = dataset["shell_cosine"].values
     if dataset.attrs["collinear"] == "no" or "state" in dataset or cosines.min() > 0:
-        return name
-    return f"{name} {'parallel' if cosines[k] > 0 else 'antiparallel'}"
+        return ""
+    return " parallel" if cosines[k] > 0 else " antiparallel"
 
 
 @dataclass(frozen=True)

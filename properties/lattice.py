@@ -20,7 +20,7 @@ from phonopy.interface.phonopy_yaml import PhonopyYaml
 from phonopy.structure.atoms import PhonopyAtoms
 
 from .errors import ConvergenceError, MomentError, OptionError, OutputError, StructureError
-from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, with_moments
+from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, free_axes, with_moments
 from .symmetry import Pattern
 
 Array = NDArray[np.float64]
@@ -275,18 +275,6 @@ def full_pairs(phonon: Phonopy, compact: Array) -> Array:
     return full
 
 
-def free_axes(moments: Array, mode: MomentMode) -> Array:
-    """Return orthonormal directions in which moments (N, 3) may relax, shape (3N, F)."""
-    count = len(moments)
-    if mode == "full":
-        return np.eye(3 * count)
-    lengths = np.linalg.norm(moments, axis=1)
-    carrying = np.flatnonzero(lengths > ZERO_MOMENT) if mode == "magnitudes" else np.array([], dtype=np.intp)
-    axes = np.zeros((count, 3, len(carrying)))
-    axes[carrying, :, np.arange(len(carrying))] = moments[carrying] / lengths[carrying, None]
-    return axes.reshape(3 * count, -1)
-
-
 def followed(rr: Array, left: Array, mm: Array, right: Array, axes: Array) -> Array:
     """Return H_rr - H_rm H_mm⁻¹ H_mr with the moments free along some axes; zero modes of H_mm are left out.
 
@@ -370,7 +358,8 @@ class Response:
     def _rows(self, phonon: Phonopy, moments: Array, moving: NDArray[np.intp]) -> Array:
         """Return rows of the force constants, moments following, shape (R, 3, N, 3)."""
         image = with_moments(ase_atoms(phonon.supercell), moments)
-        axes = free_axes(moments, self.mode)
+        turning = self.mode == "full" and self.calculator.turns_freely(image)
+        axes = free_axes(moments, self.mode, turning)
         self.tell(0, 1)
         if axes.shape[1] == 0:
             rows = self.calculator.hessian(image, ("rr",), [int(k) for k in moving])["rr"]

@@ -13,7 +13,7 @@ from .base import Options, Progress, Property, Row, derived, option, spread_of, 
 from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import MomentError, OptionError
-from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
+from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .spiral import SMALL_WAVES, from_six, frozen_magnons, frozen_stiffness, leading, primitive_cell, six_directions
 from .supercell import Coverage, Supercell, grown, knows_rows, row_of_coverage, tilts, transverse
 from .symmetry import Pattern, band_path
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Complex = NDArray[np.complex128]
 
-SMALLEST_MOMENT = 0.01
-"""A site with less, in µB, takes no part in the spin waves."""
 STATIONARY = 1e-5
 """Largest torque on a moment of a reference state, eV."""
 ROUNDING = 1e-12
@@ -370,7 +368,13 @@ class Magnon(Property):
             q = ", ".join(f"{x:.3g}" for x in dataset["instability_q"].values)
             value = float(dataset["instability"])
             rows.append(
-                Row(f"not stable, lowest curvature at q = ({q})", value, "meV", spread_of(dataset, "instability"))
+                Row(
+                    f"not stable, lowest curvature at q = ({q})",
+                    value,
+                    "meV",
+                    spread_of(dataset, "instability"),
+                    "not stable, lowest curvature",
+                )
             )
             fastest = derived(dataset, lambda d: float(d["growth"].max()))
             rows.append(Row("fastest growth on the path", fastest[0], "meV", fastest[1]))
@@ -380,7 +384,8 @@ class Magnon(Property):
         top = np.unravel_index(int(dataset["energy"].values.argmax()), dataset["energy"].shape)
         spread = None if "energy_std" not in dataset else float(dataset["energy_std"].values[top])
         q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[top[0]])
-        rows.append(Row(f"highest energy, q = ({q})", float(dataset["energy"].values[top]), "meV", spread))
+        highest = float(dataset["energy"].values[top])
+        rows.append(Row(f"highest energy, q = ({q})", highest, "meV", spread, "highest energy"))
         for key, label in (
             ("stiffness", "stiffness"),
             ("stiffness_frozen", "stiffness, frozen spirals"),

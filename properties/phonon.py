@@ -249,7 +249,7 @@ class Phonon(Property):
             return np.asarray((signs * lengths)[:, None] * Pattern.of(given).axis)
         if not Path(wanted).is_file():
             raise OptionError(f"the second order cannot be '{wanted}'; it is {', '.join(SECOND)}, or a file of moments")
-        return read_moments(wanted, len(atoms))
+        return read_moments(wanted, atoms)
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute force constants and everything that follows from them with one model."""
@@ -575,7 +575,7 @@ class Phonon(Property):
         spread = None if "frequency_std" not in dataset else float(dataset["frequency_std"][top, -1])
         rows.append(Row("highest frequency", float(dataset["frequency"][top, -1]), "THz", spread))
         place = ", ".join(f"{x:.3g}" for x in dataset["lowest_q"].values)
-        rows.append(_row(dataset, "lowest", f"lowest frequency, q = ({place})"))
+        rows.append(replace(_row(dataset, "lowest", f"lowest frequency, q = ({place})"), key="lowest frequency"))
         if "member" in dataset.coords and int(dataset["unstable_members"]):
             count = f"{int(dataset['unstable_members'])} of {dataset.sizes['member']}"
             rows.append(Row("members with imaginary modes", count))
@@ -603,17 +603,17 @@ class Phonon(Property):
             spread = (
                 None if "frequency_shift_std" not in dataset else float(dataset["frequency_shift_std"][wave, branch])
             )
-            rows.append(
-                Row(f"largest shift, q = ({q})", float(dataset["frequency_shift"][wave, branch]), "THz", spread)
-            )
+            shift = float(dataset["frequency_shift"][wave, branch])
+            rows.append(Row(f"largest shift, q = ({q})", shift, "THz", spread, "largest shift"))
             rows.extend(_centre_shifts(dataset))
         if "frequency_slope" in dataset:
             for k, element in enumerate(dataset["element"].values):
                 slope = dataset["frequency_slope"].values[k]
                 wave, branch = np.unravel_index(int(np.abs(slope).argmax()), slope.shape)
                 q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[wave])
-                name = f"largest ∂ω/∂m of {element}, q = ({q})"
-                rows.append(_row(dataset.isel(wave=wave, branch=branch, element=k), "frequency_slope", name))
+                name = f"largest ∂ω/∂m of {element}"
+                row = _row(dataset.isel(wave=wave, branch=branch, element=k), "frequency_slope", f"{name}, q = ({q})")
+                rows.append(replace(row, key=name))
         if "volume" in dataset:
             for key, label in (("volume", "V"), ("expansion", "expansion"), ("bulk_modulus", "B")):
                 rows.append(_row(dataset, key, f"{label}, {near:g} K", temperature=near))
@@ -640,7 +640,8 @@ def _centre_shifts(dataset: xr.Dataset) -> list[Row]:
         if "frequency_shift_std" in dataset:
             spread = float(dataset["frequency_shift_std"][centre[0], branch])
         name = f"{values[branch]:.3f} {shift:.3f}"
-        rows.setdefault(name, Row(f"shift of {values[branch]:.3f} THz at Γ", shift, "THz", spread))
+        label, key = f"shift of {values[branch]:.3f} THz at Γ", f"shift at Γ, mode {len(rows) + 1}"
+        rows.setdefault(name, Row(label, shift, "THz", spread, key))
     return list(rows.values())[:LISTED]
 
 

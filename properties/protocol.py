@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import CalculationFailed, CalculatorError, PropertyNotImplementedError
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import null_space
 from scipy.spatial.transform import Rotation
 
 from . import errors
@@ -34,6 +35,8 @@ POSITION_STEP = 2e-3
 STRAIN_STEP = 1e-3
 MOMENT_TOLERANCE = 1e-7
 ZERO_MOMENT = 1e-8
+SMALLEST_MOMENT = 0.01
+"""Moments below this, in µB, have vanished: what is divided by them means nothing."""
 CHUNK = 16
 """Components of moments whose differences are evaluated at once."""
 
@@ -103,6 +106,32 @@ def moments_of(atoms: Atoms) -> Array:
             "the structure carries no magnetic moments; set them with atoms.set_initial_magnetic_moments"
         )
     return vectors(atoms.arrays["initial_magmoms"], len(atoms))
+
+
+def free_axes(moments: Array, mode: MomentMode, turning: bool) -> Array:
+    """Return orthonormal directions in which moments may relax.
+
+    Parameters
+    ----------
+    moments : shape (N, 3), µB.
+    mode : which of their components follow.
+    turning : leave out turns of all moments together, which cost nothing without spin-orbit coupling: their curvature
+        is the rounding of the relaxation, of either sign.
+
+    Returns
+    -------
+    Shape (3N, F).
+    """
+    lengths = np.linalg.norm(moments, axis=1)
+    if mode == "full":
+        if not turning or not lengths.max(initial=0.0) > ZERO_MOMENT:
+            return np.eye(moments.size)
+        turns = np.array([np.cross(axis, moments).ravel() for axis in np.eye(3)])
+        return np.asarray(null_space(turns, rcond=1e-6))
+    carrying = np.flatnonzero(lengths > ZERO_MOMENT) if mode == "magnitudes" else np.array([], dtype=np.intp)
+    axes = np.zeros((*moments.shape, len(carrying)))
+    axes[carrying, :, np.arange(len(carrying))] = moments[carrying] / lengths[carrying, None]
+    return axes.reshape(moments.size, -1)
 
 
 def strained(atoms: Atoms, strain: Array) -> Atoms:
@@ -181,6 +210,20 @@ class SpinCalculator:
         """Whether spin-orbit coupling is on; None where the calculator does not say."""
         value = getattr(self.calculator, "soc", None)
         return None if value is None else bool(value)
+
+    def turns_freely(self, atoms: Atoms) -> bool:
+        """Say whether all moments together turn at no cost: what the calculator says, or what its energy does."""
+        if self.soc is not None:
+            return not self.soc
+        moments = moments_of(atoms)
+        turned = moments @ Rotation.from_rotvec([0.7, -1.1, 0.4]).as_matrix().T
+        before = self.energy(atoms, moments)
+        return abs(self.energy(atoms, turned) - before) <= 1e-10 * max(1.0, abs(before))
+
+    @property
+    def moment_tolerance(self) -> float:
+        """Magnetic force that relaxed moments may keep, eV/µB: the calculator's own tolerance, or that of the suite."""
+        return float(getattr(self.calculator, "tolerance", MOMENT_TOLERANCE))
 
     @property
     def elements(self) -> tuple[str, ...] | None:

@@ -14,9 +14,9 @@ from scipy.sparse.csgraph import connected_components
 
 from .base import Progress
 from .errors import MomentError, OptionError, StructureError, did_you_mean
-from .protocol import MomentMode, SpinCalculator, moments_of, with_moments
+from .protocol import SMALLEST_MOMENT, MomentMode, SpinCalculator, moments_of, with_moments
 from .spiral import primitive_cell
-from .structures import antiferromagnetic_signs, check_structure, read_structure
+from .structures import antiferromagnetic_signs, check_structure, nearest_atoms, read_structure
 from .supercell import SAME_DISTANCE, Coverage, Pairs, Supercell, tilts, transverse
 from .symmetry import Pattern, pattern_symmetry, shortest_rotation
 
@@ -25,8 +25,6 @@ Integers = NDArray[np.int64]
 # a rotation, Cartesian and fractional, the image of each magnetic site, and the cell that the image is in
 Operation = tuple[Array, Integers, Integers, Integers]
 
-SMALLEST_MOMENT = 0.01
-"""A site with less, in µB, takes no part in the spin model."""
 NAMES = ("given", "fm", "afm")
 SAME_PLACE = 0.02
 """Atoms of two states closer than this, in Å, are one atom of the crystal."""
@@ -341,13 +339,9 @@ def _places(atoms: Atoms, cell: Atoms, name: str) -> tuple[Integers, Integers]:
     here = np.linalg.solve(cell.cell[:].T, atoms.positions.T).T
     if repeated and round(abs(np.linalg.det(lattice))) * len(cell) == len(atoms):
         for start in np.flatnonzero(cell.numbers == atoms.numbers[0]):
-            apart = (here - here[0] + scaled[start])[:, None] - scaled[None]
-            whole = np.rint(apart)
-            error = np.linalg.norm((apart - whole) @ cell.cell[:], axis=2)
-            error[atoms.numbers[:, None] != cell.numbers[None]] = np.inf
-            atom = error.argmin(axis=1)
-            if error[np.arange(len(atoms)), atom].max() < SAME_PLACE:
-                return atom.astype(np.int64), whole[np.arange(len(atoms)), atom].astype(np.int64)
+            atom, cells, distance = nearest_atoms(here - here[0] + scaled[start], atoms.numbers, cell)
+            if distance.max() < SAME_PLACE:
+                return atom, cells
     raise StructureError(
         f"the reference state '{name}' is not the crystal of the others; give the same lattice in the same "
         "orientation, or a supercell of it"
@@ -503,15 +497,9 @@ def operations_of(
     operations = []
     to_cartesian = cell.cell[:].T
     for w, t in zip(found["rotations"], found["translations"], strict=True):
-        images = scaled[sites] @ w.T + t
-        difference = images[:, None] - scaled[sites][None]
-        whole = np.rint(difference)
-        error = np.linalg.norm((difference - whole) @ cell.cell[:], axis=2)
-        error[cell.numbers[sites][:, None] != cell.numbers[sites][None]] = np.inf
-        target = error.argmin(axis=1)
-        shift = whole[np.arange(len(sites)), target].astype(np.int64)
+        target, shift, _ = nearest_atoms(scaled[sites] @ w.T + t, cell.numbers[sites], cell[sites])
         rotation = to_cartesian @ w @ np.linalg.inv(to_cartesian)
-        operations.append((rotation, np.asarray(w, dtype=np.int64), target.astype(np.int64), shift))
+        operations.append((rotation, np.asarray(w, dtype=np.int64), target, shift))
     return operations
 
 

@@ -21,7 +21,15 @@ from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
 from .orders import CollinearOrder, collinear_orders
-from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, moments_of, with_moments
+from .protocol import (
+    SMALLEST_MOMENT,
+    ZERO_MOMENT,
+    MomentMode,
+    SpinCalculator,
+    bare,
+    moments_of,
+    with_moments,
+)
 from .provenance import magnetic_space_group
 from .stiffness import from_six, to_six
 from .structures import check_structure, closest_pair
@@ -35,11 +43,9 @@ Array = NDArray[np.float64]
 OPTIMIZERS: dict[str, Any] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
 CELLS = ("full", "volume", "shape", "fixed")
 MOMENT_RESIDUAL = 1e-5
-"""Largest magnetic force in eV/µB that relaxed moments may keep."""
+"""Largest magnetic force in eV/µB that relaxed moments may keep, unless the calculator asks for less."""
 LONGEST_STEP = 0.1
 """Å of one step of the optimiser."""
-VANISHED = 0.01
-"""A moment below this, in µB, has vanished."""
 NEAREST = 0.7
 """Shortest distance as a part of the sum of covalent radii: V=O in V2O5 has 0.72, iron at 1 TPa as much."""
 NEARER = 0.9
@@ -191,7 +197,9 @@ def relax_structure(
         path["force"].append(force)
         path["stress"].append(left)
         path["volume"].append(mobile.get_volume())
-        path["moment"].append(float(carrying[carrying > VANISHED].mean()) if (carrying > VANISHED).any() else 0.0)
+        path["moment"].append(
+            float(carrying[carrying > SMALLEST_MOMENT].mean()) if (carrying > SMALLEST_MOMENT).any() else 0.0
+        )
         tell(step, freedom.steps)
         refuse_collapse(image, mobile, path["energy"][0] - path["energy"][-1], step)
         if force <= freedom.fmax and left <= freedom.smax:
@@ -208,10 +216,11 @@ def relax_structure(
         )
     final = with_moments(mobile, follower.moments)
     residual = magnetic_residual(final, calculator, mode)
-    if residual > MOMENT_RESIDUAL:
+    allowed = max(MOMENT_RESIDUAL, calculator.moment_tolerance)
+    if residual > allowed:
         raise ConvergenceError(
-            f"the moments kept a magnetic force of {residual:.1e} eV/µB, above {MOMENT_RESIDUAL:.0e}; use a calculator "
-            "that relaxes them more tightly"
+            f"the moments kept a magnetic force of {residual:.1e} eV/µB, above {allowed:.0e}; use a calculator that "
+            "relaxes them more tightly"
         )
     return Relaxed(
         final,
@@ -526,7 +535,7 @@ def _kept(start: Array, reached: Array) -> bool:
     lengths = np.linalg.norm(start, axis=1)
     carrying = lengths > ZERO_MOMENT
     along = np.einsum("ix,ix->i", start[carrying], reached[carrying]) / lengths[carrying]
-    return bool((along > VANISHED).all())
+    return bool((along > SMALLEST_MOMENT).all())
 
 
 def _with_ranks(dataset: xr.Dataset, symprec: float, mag_symprec: float) -> xr.Dataset:
@@ -566,7 +575,7 @@ def _single_rows(dataset: xr.Dataset) -> list[Row]:
         rows.append(Row(name, float(dataset["angles"][k]), "°", spread_of(dataset, "angles", vector="abc"[k])))
     for site in range(dataset.sizes["site"]):
         moment = dataset["moments"].values[site]
-        if np.linalg.norm(moment) > VANISHED:
+        if np.linalg.norm(moment) > SMALLEST_MOMENT:
             text = " ".join(f"{x:.3f}" for x in moment)
             rows.append(Row(f"moment of {dataset['element'].values[site]} {site}", text, "µB"))
     if float(dataset["order_kept"]) < 1:
@@ -591,7 +600,8 @@ def _ranking_rows(dataset: xr.Dataset) -> list[Row]:
         about = f"{int(one['cells'])} cell{'s' if int(one['cells']) > 1 else ''}, |m| {float(one['moment']):.3f} µB"
         lost = "" if float(one["order_kept"]) == 1 else ", order lost"
         label = f"{name} ({about}, {one['magnetic_space_group'].values}{lost})"
-        rows.append(Row(label, float(one["above"]), "meV/atom above", spread_of(dataset, "above", order=name)))
+        spread = spread_of(dataset, "above", order=name)
+        rows.append(Row(label, float(one["above"]), "meV/atom above", spread, str(name)))
     return rows
 
 

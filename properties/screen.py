@@ -265,7 +265,7 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
 
     Returns
     -------
-    Dimension ``structure``; a variable for each line of the results' tables (NaN or empty where a structure has no such
+    Dimension ``structure``; a variable for each key of the results' tables (NaN or empty where a structure has no such
     line), ``_std`` with committees, and file, formula, origin of the moments, failure and dataset of each.
     """
     count = len(outcomes)
@@ -274,23 +274,23 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
     for outcome in outcomes:
         for row in outcome.rows:
             text = isinstance(row.value, str)
-            kind = (row.label, row.unit, text)
+            kind = (row.key, row.unit, text)
             if kind not in columns:
-                columns[kind] = _column(row.label, set(columns.values()))
-    for (label, unit, text), name in columns.items():
+                columns[kind] = _column(row.key, set(columns.values()))
+    for (key, unit, text), name in columns.items():
         rows = [
-            next((r for r in o.rows if (r.label, r.unit, isinstance(r.value, str)) == (label, unit, text)), None)
+            next((r for r in o.rows if (r.key, r.unit, isinstance(r.value, str)) == (key, unit, text)), None)
             for o in outcomes
         ]
         if text:
             values: Any = np.array([str(r.value) if r is not None else "" for r in rows])
-            data[name] = variable("structure", values, unit or "1", label)
+            data[name] = variable("structure", values, unit or "1", key)
             continue
         numbers = [float(r.value) if r is not None else np.nan for r in rows]
-        data[name] = variable("structure", np.array(numbers), unit or "1", label)
+        data[name] = variable("structure", np.array(numbers), unit or "1", key)
         spreads = [np.nan if r is None or r.spread is None else r.spread for r in rows]
         if not np.all(np.isnan(spreads)):
-            data[f"{name}_std"] = variable("structure", np.array(spreads), unit or "1", f"{label}, committee spread")
+            data[f"{name}_std"] = variable("structure", np.array(spreads), unit or "1", f"{key}, committee spread")
     for name, text_ in (
         ("formula", "chemical formula"),
         ("origin", "where the initial moments came from"),
@@ -311,9 +311,9 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
     return xr.Dataset(data, {"structure": files}, {k: attribute(v) for k, v in attrs.items()})
 
 
-def _column(label: str, taken: set[str]) -> str:
+def _column(key: str, taken: set[str]) -> str:
     """Return a variable name for a line of a table."""
-    name = re.sub(r"\W+", "_", label).strip("_") or "value"
+    name = re.sub(r"\W+", "_", key).strip("_") or "value"
     name = f"n_{name}" if name[0].isdigit() else name
     candidate, k = name, 2
     while candidate in taken or candidate.startswith("structure"):
@@ -425,16 +425,16 @@ def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Pat
 
 def _print_outcomes(console: Console, outcomes: Sequence[Outcome], title: str) -> None:
     """Print the first numbers of each structure, or why there are none."""
-    shown = list(dict.fromkeys((r.label, r.unit) for o in outcomes for r in o.rows if not isinstance(r.value, str)))
+    shown = list(dict.fromkeys((r.key, r.unit) for o in outcomes for r in o.rows if not isinstance(r.value, str)))
     shown = shown[:PRINTED]
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("structure", no_wrap=True)
     table.add_column("formula", no_wrap=True)
-    for label, unit in shown:
-        table.add_column(label if unit in ("", "1") else f"{label}, {unit}", justify="right", max_width=COLUMN)
+    for key, unit in shown:
+        table.add_column(key if unit in ("", "1") else f"{key}, {unit}", justify="right", max_width=COLUMN)
     for outcome in outcomes:
-        numbers = {(r.label, r.unit): r.value for r in outcome.rows if not isinstance(r.value, str)}
-        cells = [f"{numbers[key]:.6g}" if key in numbers else "" for key in shown]
+        numbers = {(r.key, r.unit): r.value for r in outcome.rows if not isinstance(r.value, str)}
+        cells = [f"{numbers[kind]:.6g}" if kind in numbers else "" for kind in shown]
         table.add_row(Path(outcome.file).name, outcome.formula, *cells)
     console.print(table)
     for outcome in outcomes:

@@ -13,10 +13,11 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, of_members, option, over_members, spread_of, variable
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .protocol import (
     MOMENT_TOLERANCE,
+    SMALLEST_MOMENT,
     ZERO_MOMENT,
     MomentMode,
     SpinCalculator,
@@ -177,6 +178,8 @@ class SpinSpiral(Property):
         values = spirals(np.concatenate([np.zeros((1, 3)), waves.q]), lambda d, t: progress("wave vectors", d, t))
         energy, lengths = values
         magnetic = np.abs(along) > ZERO_MOMENT
+        if lengths.max() < SMALLEST_MOMENT:
+            raise MomentError("the moments vanish when they are relaxed, so there is no spiral; start elsewhere")
         n = len(cell)
         relative = energy[1:] - energy[0]
         reciprocal = 2 * np.pi * cell.cell.reciprocal()[:]
@@ -197,7 +200,7 @@ class SpinSpiral(Property):
         }
         if magnetic.sum() == 1 and not soc:
             moment = lengths[1:, magnetic][:, 0]
-            magnon = 4 * relative / np.where(moment > ZERO_MOMENT, moment, np.nan) / np.sin(spirals.cone) ** 2
+            magnon = 4 * relative / np.where(moment >= SMALLEST_MOMENT, moment, np.nan) / np.sin(spirals.cone) ** 2
             data["magnon"] = variable("wave", magnon * 1e3, "meV", "magnon energy (4/m)(E(q) - E(0))/sin²θ")
         if soc:
             mirrored, _ = spirals(-waves.q, lambda d, t: progress("opposite chirality", d, t))
@@ -265,7 +268,8 @@ class SpinSpiral(Property):
         return best, float(spirals(best[None])[0][0])
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Name the lowest spiral."""
+        """Name the lowest spiral, and take magnon energies over the members that have them."""
+        dataset = over_members(dataset, ("magnon",))
         if "minimum_q" in dataset:
             cone = f", cone of {self.options.cone:g}°" if self.options.cone < 90 else ""
             agreed = "minimum_q_std" not in dataset or float(dataset["minimum_q_std"].max()) < 1e-3
@@ -295,24 +299,20 @@ class SpinSpiral(Property):
                     f"{word} of these, q = ({q})",
                     float(dataset["energy"][k]),
                     "meV/atom",
-                    None if "energy_std" not in dataset else float(dataset["energy_std"][k]),
+                    spread_of(dataset, "energy", wave=k),
+                    f"{word} of these",
                 )
             )
-        if "magnon" in dataset:
+        if "magnon" in dataset and np.isfinite(dataset["magnon"]).any():
             k = int(np.nanargmax(dataset["magnon"].values))
-            rows.append(
-                Row(
-                    "highest magnon energy",
-                    float(dataset["magnon"][k]),
-                    "meV",
-                    None if "magnon_std" not in dataset else float(dataset["magnon_std"][k]),
-                )
-            )
+            key = "highest magnon energy"
+            label = f"{key}{of_members(dataset, 'magnon', wave=k)}"
+            rows.append(Row(label, float(dataset["magnon"][k]), "meV", spread_of(dataset, "magnon", wave=k), key))
         if "asymmetry" in dataset:
             k = int(np.abs(dataset["asymmetry"].values).argmax())
             q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[k])
-            spread = None if "asymmetry_std" not in dataset else float(dataset["asymmetry_std"][k])
-            rows.append(Row(f"largest E(q) - E(-q), q = ({q})", float(dataset["asymmetry"][k]), "meV/atom", spread))
+            key, spread = "largest E(q) - E(-q)", spread_of(dataset, "asymmetry", wave=k)
+            rows.append(Row(f"{key}, q = ({q})", float(dataset["asymmetry"][k]), "meV/atom", spread, key))
         lengths = dataset["length"].values
         for site in np.flatnonzero(lengths.max(axis=0) > ZERO_MOMENT):
             for word, k in (("smallest", int(lengths[:, site].argmin())), ("largest", int(lengths[:, site].argmax()))):

@@ -19,6 +19,7 @@ from .errors import MomentError, OptionError, StructureError, did_you_mean
 from .protocol import ZERO_MOMENT, SpinCalculator, bare, moments_of, vectors, with_moments
 
 Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Order = Literal["fm", "afm", "auto"]
 ORDERS: tuple[Order, ...] = ("fm", "afm", "auto")
 
@@ -27,6 +28,10 @@ OVERLAP = 0.4
 LARGEST_MOMENT = 12.0
 """No atom carries more, in µB."""
 ENUMERATED_SITES = 16
+SAME_ATOM = 0.5
+"""An atom of a file with moments is closer than this, in Å, to the atom of the structure that it stands for."""
+SAME_CELL = 0.1
+"""Largest strain between the cell of a file with moments and that of the structure."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ def read_structure(path: str | Path) -> Atoms:
     ------
     StructureError : no such file, not readable, or sites with partial occupancy.
     """
+    atoms, moments = _read_file(path)
+    return atoms if moments is None else with_moments(atoms, moments)
+
+
+def _read_file(path: str | Path) -> tuple[Atoms, Array | None]:
+    """Return a structure without moments, and those of the file as they are there, shape (N, 3) or (N,), µB."""
     file = Path(path)
     if not file.is_file():
         raise StructureError(f"there is no structure file '{path}'; check the path")
@@ -78,7 +89,7 @@ def read_structure(path: str | Path) -> Atoms:
         elif file.suffix.lower() in (".yaml", ".yml"):
             from .lattice import read_unit_cell
 
-            return read_unit_cell(file)
+            atoms = read_unit_cell(file)
         else:
             found = read(file, format="cif" if is_cif else None)
             atoms = found[-1] if isinstance(found, list) else found
@@ -94,9 +105,8 @@ def read_structure(path: str | Path) -> Atoms:
         ) from error
     if not isinstance(atoms, Atoms) or len(atoms) == 0:
         raise StructureError(f"the structure file '{path}' holds no atoms")
-    moments = _file_moments(atoms)
     clean = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    return clean if moments is None else with_moments(clean, moments)
+    return clean, _file_moments(atoms)
 
 
 def _file_moments(atoms: Atoms) -> Array | None:
@@ -255,8 +265,67 @@ def parse_moments(text: str) -> dict[str, float]:
     return table
 
 
-def read_moments(path: str | Path, n_atoms: int) -> Array:
-    """Read moments from a text file of N rows (one number, or x y z, in µB) or from a structure file.
+def nearest_atoms(scaled: Array, numbers: NDArray[np.integer[Any]], cell: Atoms) -> tuple[Integers, Integers, Array]:
+    """Return the atoms of a periodic cell that are nearest to points, each of the point's element.
+
+    Parameters
+    ----------
+    scaled : the points in fractions of the cell, shape (N, 3).
+    numbers : their atomic numbers, shape (N,).
+    cell : the cell.
+
+    Returns
+    -------
+    Index of the atom, shape (N,), its cell, shape (N, 3), and its distance in Å, infinite without that element.
+    """
+    apart = scaled[:, None] - cell.get_scaled_positions(wrap=False)[None]
+    whole = np.rint(apart)
+    distance = np.linalg.norm((apart - whole) @ cell.cell[:], axis=2)
+    distance[numbers[:, None] != cell.numbers[None]] = np.inf
+    atom, points = distance.argmin(axis=1), np.arange(len(scaled))
+    return atom.astype(np.int64), whole[points, atom].astype(np.int64), distance[points, atom]
+
+
+def _correspondence(found: Atoms, atoms: Atoms, path: str | Path) -> tuple[Integers, Array]:
+    """Return the atom of a structure that each atom of a file is, and the rotation R of its frame, v → v R.
+
+    Fractional positions decide, modulo lattice vectors; cells may be strained and atoms displaced a little.
+
+    Raises
+    ------
+    StructureError : other atoms, or another cell.
+    """
+    reason = ""
+    if len(found) != len(atoms):
+        reason = f"it has {len(found)} atoms instead of {len(atoms)}"
+    elif min(found.cell.volume, atoms.cell.volume) < 1e-3:
+        reason = "one of them has no cell in three dimensions"
+    else:
+        deformation = np.linalg.solve(found.cell[:], atoms.cell[:])
+        left, stretch, right = np.linalg.svd(deformation)
+        if np.linalg.det(deformation) < 0 or np.abs(stretch - 1).max() > SAME_CELL:
+            reason = "its cell vectors are others"
+        else:
+            atom, _, distance = nearest_atoms(found.get_scaled_positions(wrap=False), found.numbers, atoms)
+            if distance.max() < SAME_ATOM and len(set(atom.tolist())) == len(atoms):
+                return atom, left @ right
+            far = int(distance.argmax())
+            reason = f"its atom {far} ({found.symbols[far]}) is at no such atom of the structure"
+    raise StructureError(
+        f"the moments in '{path}' are of another crystal than the structure: {reason}; give a file with the same atoms "
+        "in the same cell"
+    )
+
+
+def read_moments(path: str | Path, atoms: Atoms) -> Array:
+    """Read the moments of a structure from a text file of rows, or from a structure file of the same crystal.
+
+    Parameters
+    ----------
+    path : N rows of one number, or x y z, in µB, in the order and frame of the structure; or a structure file, whose
+        atoms may stand in another order and whose cell may be turned, which turns its vectors with it. Single numbers
+        are collinear along z of the structure.
+    atoms : the structure, N atoms.
 
     Returns
     -------
@@ -265,21 +334,30 @@ def read_moments(path: str | Path, n_atoms: int) -> Array:
     Raises
     ------
     MomentError : unreadable, or of wrong length.
+    StructureError : the file's structure is another.
     """
     try:
-        found = np.loadtxt(path, ndmin=2)
-        moments = found[:, 0] if found.shape[1] == 1 else found
-    except (OSError, ValueError, UnicodeDecodeError):
-        try:
-            atoms = read_structure(path)
-        except StructureError as error:
-            raise MomentError(
-                f"no moments can be read from '{path}'; give rows of numbers in µB, or a structure with moments"
-            ) from error
-        if not atoms.has("initial_magmoms"):
-            raise MomentError(f"the structure in '{path}' carries no moments") from None
-        moments = moments_of(atoms)
-    return vectors(moments, n_atoms)
+        rows = np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError):
+        return _moments_of_file(path, atoms)
+    return vectors(rows[:, 0] if rows.shape[1] == 1 else rows, len(atoms))
+
+
+def _moments_of_file(path: str | Path, atoms: Atoms) -> Array:
+    """Return the moments (N, 3) of a structure file on the atoms and in the frame of a structure, µB."""
+    try:
+        found, own = _read_file(path)
+    except StructureError as error:
+        raise MomentError(
+            f"no moments can be read from '{path}'; give rows of numbers in µB, or a structure with moments"
+        ) from error
+    if own is None:
+        raise MomentError(f"the structure in '{path}' carries no moments")
+    place, rotation = _correspondence(found, atoms, path)
+    moments = np.zeros((len(atoms), 3))
+    # single numbers have no frame; vectors are axial, and the rotation is proper
+    moments[place] = vectors(own, len(found)) if own.ndim == 1 else vectors(own, len(found)) @ rotation
+    return moments
 
 
 def start_structure(

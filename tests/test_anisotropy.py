@@ -7,7 +7,7 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mmace_props.anisotropy import Anisotropy, real_harmonics
+from mmace_props.anisotropy import Anisotropy, _images_of, real_harmonics
 from mmace_props.base import write_dataset
 from mmace_props.elastic import Elastic
 from mmace_props.errors import MomentError, OptionError
@@ -29,6 +29,7 @@ from .toys import (
     PseudoDipolar,
     Toy,
     Uniaxial,
+    Zeeman,
 )
 
 MJ_PER_M3 = 1.602176634e5
@@ -327,6 +328,40 @@ def test_committee_members_with_other_equivalent_axes_agree():
     np.testing.assert_allclose(dataset["easy_axis_std"], 0, atol=1e-6)
 
 
+def test_committee_members_with_other_equivalent_orientations_agree():
+    """A canted pair that a vanishing field along ±z tells apart: one rotation, which is lowest for every member."""
+    atoms = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.7, 2.9, 3.2], pbc=True)
+    atoms = with_moments(atoms, [[1.0, 0, 2.0], [-1.0, 0, 2.0]])
+    toys = [
+        CapableToy(Orthorhombic(2e-4 + k * 1e-5, 7e-5), Zeeman(sign * 1e-9)) for k, sign in enumerate((1, -1, 1, -1))
+    ]
+    dataset = Anisotropy(directions=86).run(atoms, CommitteeToy(toys))
+    assert dataset["easy_rotation_member"].shape == (4, 3, 3)
+    assert not {"rotations", "images"} & set(dataset.attrs)
+    for name, lowest in (("easy_rotation", True), ("hard_rotation", False)):
+        rotation = dataset[name].values
+        assert np.linalg.det(rotation) == pytest.approx(1, abs=1e-12)
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+        np.testing.assert_allclose(dataset[f"{name}_std"], 0, atol=1e-4)
+        for k, toy in enumerate(toys):
+            energy = SpinCalculator(toy).energy(atoms, moments_of(atoms) @ rotation.T)
+            above = 0.0 if lowest else float(dataset["mae_member"][k]) * 2e-6
+            assert energy - float(dataset["easy_energy_member"][k]) == pytest.approx(above, abs=1e-8)
+
+
+def test_images_of_an_orientation_have_its_energy():
+    """Whatever the orientation: canted moments on a crystal with eight rotations of its own."""
+    atoms = with_moments(tetragonal("Fe2"), [[1.0, 0.3, 2.0], [-1.0, 0.3, 2.0]])
+    spin = SpinCalculator(CapableToy(Uniaxial(3e-4, -8e-5, 2e-5, 6e-6), PseudoDipolar(5e-5, 4.5)))
+    left, right = _images_of(atoms, moments_of(atoms), 1e-3, 1e-2)
+    start = Rotation.from_rotvec([0.4, -0.7, 0.2]).as_matrix()
+    images = left @ start @ right
+    np.testing.assert_allclose(np.linalg.det(images), 1, atol=1e-12)
+    assert len({tuple(image.round(6).ravel() + 0.0) for image in images}) == 32
+    energies = [spin.energy(atoms, moments_of(atoms) @ image.T) for image in images]
+    np.testing.assert_allclose(energies, spin.energy(atoms, moments_of(atoms) @ start.T), atol=1e-12)
+
+
 def test_dataset_opens_plainly_and_explains_itself(tmp_path):
     """Plain xarray reads it; every variable has a unit and a name; the attributes repeat the run."""
     atoms = with_moments(tetragonal(), [[0, 0, 2.2], [0, 0, 0]])
@@ -369,8 +404,9 @@ def test_refusals():
         Anisotropy(moments="magnitudes").run(
             with_moments(atoms, [[0, 0, 1.0], [0, 0, 0]]), CapableToy(Landau(-0.05, 0.0))
         )
-    with pytest.raises(OptionError, match="turn to the easy axis"):
-        Anisotropy(moments="full", relax="each").run(with_moments(atoms, [[0, 0, 1.0], [0, 0, 0]]), toy)
+    for mode in ("fixed", "full"):
+        with pytest.raises(OptionError, match=f"relax each and moments {mode} do not go together"):
+            Anisotropy(moments=mode, relax="each").run(with_moments(atoms, [[0, 0, 1.0], [0, 0, 0]]), toy)
     with pytest.raises(OptionError, match="directions"):
         Anisotropy(directions=100)
     with pytest.raises(OptionError, match="did you mean 'directions'"):

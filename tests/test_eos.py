@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import xarray as xr
 from ase.build import bulk
-from mmace_props.base import write_dataset
+from mmace_props.base import combine, write_dataset
 from mmace_props.eos import EquationOfState, birch_murnaghan, fit_birch_murnaghan, fit_vinet, vinet
 from mmace_props.errors import ConvergenceError, MomentError, OptionError
-from mmace_props.protocol import with_moments
+from mmace_props.protocol import SpinCalculator, with_moments
 from scipy.optimize import fsolve
 
 from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Toy
@@ -145,6 +145,38 @@ def test_committee_spread():
     volumes = CURVES["fm"][1] + shifts
     assert float(dataset["V0"].sel(**where)) == pytest.approx(volumes.mean(), rel=1e-6)
     assert float(dataset["V0_std"].sel(**where)) == pytest.approx(volumes.std(ddof=1), rel=1e-4)
+
+
+def test_transitions_of_the_members_that_have_one():
+    """A member without transition in the window: the others' mean, with their number; none where no member has one."""
+    shifted = {**CURVES, "afm": (-7.8, *CURVES["afm"][1:])}
+    models = [MagneticEquationOfState(curves) for curves in (CURVES, CURVES, CURVES, shifted)]
+    prop = EquationOfState()
+    dataset = prop.run(iron(), CommitteeToy([CapableToy(model, moments="magnitudes") for model in models]))
+    pressures = dataset["transition_pressure_member"].sel(transition="fm-afm").values
+    assert np.isfinite(pressures).tolist() == [True, True, True, False]
+    one = dataset.sel(transition="fm-afm")
+    for name in ("transition_pressure", "transition_volume_1", "transition_volume_2", "crossing_volume"):
+        assert float(one[name]) == pytest.approx(np.nanmean(one[f"{name}_member"]))
+        assert float(one[f"{name}_std"]) == pytest.approx(0, abs=1e-6)
+        assert int(one[f"{name}_count"]) == 3
+    rows = {row.label: row for row in prop.summary(dataset)}
+    assert rows["fm-afm transition, 3 of 4 members"].value == pytest.approx(pressures[0])
+    assert rows["fm-nm transition"].value == "none in the window"
+
+
+def test_order_lost_in_some_members(result):
+    """The share of members that keep the order, and their number in the table."""
+    parts = [result.copy(deep=True) for _ in range(4)]
+    for part in parts[1:]:
+        part["order_kept"].loc[{"state": "afm"}] = 0
+    prop, calculator = EquationOfState(), SpinCalculator(Toy(MagneticEquationOfState(CURVES)))
+    dataset = prop.finish(combine(parts, range(4)), calculator)
+    assert np.all(dataset["order_kept"].sel(state="afm") == 0.25)
+    rows = {row.label: row.value for row in prop.summary(dataset)}
+    assert rows["afm order"] == "lost at some volumes, 3 of 4 members"
+    assert "fm order" not in rows
+    assert {row.label: row.value for row in prop.summary(parts[1])}["afm order"] == "lost at some volumes"
 
 
 def test_dataset_opens_plainly(tmp_path, result):

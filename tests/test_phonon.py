@@ -20,7 +20,7 @@ from mmace_props.errors import ConvergenceError, MomentError, OptionError, Outpu
 from mmace_props.journal import Journal
 from mmace_props.lattice import random_moments, read_setup
 from mmace_props.phonon import Phonon
-from mmace_props.protocol import with_moments
+from mmace_props.protocol import SpinCalculator, with_moments
 from phonopy.structure.atomic_data import get_atomic_data
 from scipy import constants
 
@@ -462,6 +462,22 @@ def test_saddle_of_the_moments_is_said():
     calculator = CapableToy(Springs(K, NEAR, NEAR + 0.1), Landau(0.05, 0.005), Heisenberg(4e-3, NEAR + 0.1), soc=False)
     with pytest.raises(ConvergenceError, match="saddle point"):
         quick(moments="magnitudes", method="hessian").run(bcc((1, -1), 1.3), calculator)
+
+
+@pytest.mark.parametrize("off", [1e-6, -1e-6])
+def test_turns_of_all_moments_are_no_saddle(off):
+    """Without spin-orbit coupling they cost nothing, but at moments not quite at rest their curvature has a sign."""
+
+    class Rough(CapableToy):
+        def relax_moments(self, images, mode):
+            return [a.get_initial_magnetic_moments() * (1 + off) for a in images]
+
+    terms = Springs(K, NEAR, NEAR + 0.1), Landau(0.05, 0.025 / M**2), Heisenberg(4e-3, NEAR + 0.1, DECAY, NEAR)
+    rest = SpinCalculator(CapableToy(*terms, soc=False)).relax_moments([bcc()], "magnitudes")[0]
+    atoms = with_moments(bcc(), rest)
+    rough = quick(moments="full", method="hessian").run(atoms, Rough(*terms, soc=False))
+    exact = quick(moments="magnitudes", method="hessian").run(atoms, CapableToy(*terms, soc=False))
+    np.testing.assert_allclose(rough["frequency"], exact["frequency"], atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -9,12 +9,15 @@ from ase.data import covalent_radii
 from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.conventions import GPA
+from mmace_props.elastic import Elastic
 from mmace_props.errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from mmace_props.orders import collinear_orders
 from mmace_props.protocol import with_moments
 from mmace_props.relax import Relaxation, relaxed_structure, write_structure
 from mmace_props.structures import read_structure
 from scipy.optimize import brentq, minimize
+
+from mmace.calculator import MMACECalculator
 
 from .test_cli_props import EXAMPLES, TOY
 from .toys import (
@@ -175,6 +178,18 @@ def test_not_converged_is_an_error_with_the_residual():
 
     with pytest.raises(ConvergenceError, match="kept a magnetic force of"):
         Relaxation(moments="magnitudes").run(iron(), coupled(Careless))
+
+
+@pytest.mark.parametrize("task", [Relaxation(), Elastic()], ids=["relax", "elastic"])
+def test_single_precision_is_enough(task):
+    """What the calculator relaxes moments to is what may be left, with results that agree with double precision."""
+    atoms = with_moments(read_structure(EXAMPLES / "Fe.cif"), [2.2, 2.2])
+    single, double = (
+        task.run(atoms, MMACECalculator(dtype=dtype, committee=False, moments="magnitudes", soc=False))
+        for dtype in ("float32", "float64")
+    )
+    name = "cell" if isinstance(task, Relaxation) else "C"
+    np.testing.assert_allclose(single[name], double[name], rtol=5e-3, atol=0.1 if name == "C" else 1e-3)
 
 
 @pytest.mark.parametrize(

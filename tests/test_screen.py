@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 from mmace_props.base import Row
 from mmace_props.cli import main
 from mmace_props.eos import EquationOfState
 from mmace_props.errors import OptionError
+from mmace_props.exchange import Exchange
+from mmace_props.magnon import Magnon
+from mmace_props.phonon import Phonon
 from mmace_props.protocol import with_moments
 from mmace_props.screen import Outcome, Setup, outcome_table, screen, structure_files
 from mmace_props.structures import read_structure
@@ -162,20 +166,63 @@ def test_a_killed_screen_goes_on_where_it_was(crystals, tmp_path):
 
 
 def test_from_python_with_other_tables(tmp_path):
-    """Lines that only some results have, text, spread, and labels that make one name."""
+    """Lines that only some results have, text, spread, labels that make one name, and one key of two labels."""
     outcomes = [
         Outcome("a", "Fe", rows=(Row("bulk modulus", 170.0, "GPa", 2.0), Row("ground state", "fm")), dataset="a.nc"),
         Outcome("b", "Al", rows=(Row("bulk modulus", 76.0, "GPa"), Row("bulk-modulus", 1.0, "eV"))),
+        Outcome("d", rows=(Row("bulk modulus, q = (0, 0)", 50.0, "GPa", key="bulk modulus"),)),
         Outcome("c", failure="no"),
     ]
     table = outcome_table(outcomes, Setup("eos", {}, "fixed"))
-    assert table["bulk_modulus"].values[:2].tolist() == [170.0, 76.0]
-    assert np.isnan(table["bulk_modulus"].values[2])
+    assert table["bulk_modulus"].values[:3].tolist() == [170.0, 76.0, 50.0]
+    assert np.isnan(table["bulk_modulus"].values[3])
+    assert table["bulk_modulus"].attrs["long_name"] == "bulk modulus"
     assert table["bulk_modulus"].attrs["units"] == "GPa"
     assert table["bulk_modulus_2"].values[1] == 1.0
     assert table["bulk_modulus_std"].values[0] == 2.0
     assert np.isnan(table["bulk_modulus_std"].values[1])
-    assert table["ground_state"].values.tolist() == ["fm", "", ""]
+    assert table["ground_state"].values.tolist() == ["fm", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("prop", "quantities"),
+    [
+        (
+            Exchange(states=4, points=5, mesh=4),
+            {"J_Cr_Fe_shell_1", "J_Fe_Fe_shell_1", "Tc_mean_field", "stiffness_J_truncated", "model_error_at_5"},
+        ),
+        (Magnon(mesh=4, points=10), {"highest_energy"}),
+        (
+            Phonon(dim=(2, 2, 2), mesh=4, points=5, second="nm", slopes=True, moments="fixed"),
+            {"lowest_frequency", "largest_shift", "shift_at_Γ_mode_1", "largest_ω_m_of_Fe"},
+        ),
+    ],
+    ids=["exchange", "magnon", "phonon"],
+)
+def test_a_quantity_is_one_column_whatever_its_label_says(prop, quantities):
+    """Distances, wave vectors and frequencies in the labels of two structures make no columns of their own."""
+    outcomes = []
+    for a in (2.78, 2.88):
+        cell = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[a] * 3, pbc=True)
+        calculator = toys.CapableToy(toys.Heisenberg(2e-3, 3.1), toys.Springs(4.0, 2.5, 3.1), soc=False)
+        dataset = prop.run(with_moments(cell, [[0, 0, 2.0], [0, 0, 1.5]]), calculator)
+        outcomes.append(Outcome(f"{a}", "FeCr", rows=tuple(prop.summary(dataset))))
+    for row in (row for outcome in outcomes for row in outcome.rows):
+        assert not any(text in row.key for text in ("q = (", " Å", " THz"))
+    table = outcome_table(outcomes, Setup(prop.name, {}, "fixed"))
+    numbers = {str(k): v.values for k, v in table.data_vars.items() if v.dtype.kind == "f"}
+    assert quantities <= set(numbers)
+    assert all(np.isfinite(v).all() for v in numbers.values())
+    assert len(numbers) == sum(not isinstance(r.value, str) for r in outcomes[0].rows)
+
+
+def test_shells_are_numbered_for_elements_and_order():
+    """An antiferromagnet counts parallel and antiparallel neighbours apart."""
+    crystal = with_moments(bulk("Fe", cubic=True, a=2.83), [[0, 0, 2.0], [0, 0, -2.0]])
+    rows = Exchange(states=0, points=5, mesh=4).run(crystal, toys.CapableToy(toys.Heisenberg(-2e-3, 4.2)))
+    keys = [r.key for r in Exchange().summary(rows) if r.key.startswith("J ")]
+    assert keys[:3] == ["J Fe-Fe antiparallel, shell 1", "J Fe-Fe parallel, shell 1", "J Fe-Fe parallel, shell 2"]
+    assert keys[3:] == ["J Fe-Fe antiparallel, shell 2", "J Fe-Fe parallel, shell 3"]
 
 
 def test_an_unexpected_error_of_one_structure_does_not_stop_the_others(crystals):

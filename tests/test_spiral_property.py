@@ -244,6 +244,27 @@ def test_committee_and_dataset(tmp_path):
     assert (tmp_path / "s.png").stat().st_size > 1000
 
 
+def test_moments_that_collapse_have_no_magnons():
+    """4 ΔE / m means nothing where m is the rounding of a relaxation; other members keep their say."""
+    with pytest.raises(MomentError, match="the moments vanish when they are relaxed"):
+        SpinSpiral(points=5, mesh=0, moments="magnitudes").run(iron(), CapableToy(Landau(-0.1, 0.01), soc=False))
+
+    def member(a, j):
+        return CapableToy(Landau(a, 0.01), Heisenberg(j, 2.6), soc=False)
+
+    ways = {"points": 7, "mesh": 0, "moments": "magnitudes"}
+    one = SpinSpiral(**ways).run(iron(), member(-0.012, 3e-3))
+    assert float(one["length"].min()) < 0.01, "antiferromagnetic waves lose their moments"
+    assert np.isnan(one["magnon"]).any()
+    stiff = SpinSpiral(**ways).run(iron(), member(0.08, 1e-4))
+    assert np.isfinite(stiff["magnon"]).all()
+    both = SpinSpiral(**ways).run(iron(), CommitteeToy([member(-0.012, 3e-3), member(0.08, 1e-4)]))
+    alone = np.isnan(one["magnon"].values)
+    np.testing.assert_allclose(both["magnon"].values[alone], stiff["magnon"].values[alone], atol=1e-9)
+    assert both["magnon_count"].values[alone].max() == 1
+    assert SpinSpiral().summary(one.assign(magnon=one["magnon"] * np.nan))
+
+
 def test_refusals():
     """Patterns, modes and options that make no spiral."""
     with pytest.raises(MomentError, match="no atom carries a moment"):

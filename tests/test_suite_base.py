@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import xarray as xr
+from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import (
     Options,
@@ -24,11 +25,20 @@ from mmace_props.base import (
     write_dataset,
 )
 from mmace_props.cli import main
-from mmace_props.errors import ConvergenceError, OptionError, OutputError, PropertyError, did_you_mean
+from mmace_props.errors import (
+    CalculatorError,
+    ConvergenceError,
+    OptionError,
+    OutputError,
+    PropertyError,
+    did_you_mean,
+)
+from mmace_props.exchange import Exchange
+from mmace_props.magnon import Magnon
 from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.provenance import attribute, magnetic_space_group
 
-from .toys import CapableToy, CommitteeToy, Heisenberg, Uniaxial
+from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Uniaxial
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,10 @@ def test_options_are_typed_and_frozen():
     assert ScaledEnergy(factor=2).options.factor == 2
     with pytest.raises(OptionError, match="did you mean 'factor'"):
         ScaledEnergy(factr=2.0)
-    for bad in ({"factor": "2"}, {"factor": float("nan")}, {"names": ["a"]}, {"names": (1,)}, {"exact": 1}):
+    for names in (["a", "b"], np.array(["a", "b"])):
+        assert ScaledEnergy(names=names).options.names == ("a", "b")
+    assert type(ScaledEnergy(factor=np.float64(2)).options.factor) is float
+    for bad in ({"factor": "2"}, {"factor": float("nan")}, {"names": [1]}, {"names": (1,)}, {"exact": 1}):
         with pytest.raises(OptionError, match="it takes"):
             ScaledEnergy(**bad)
     with pytest.raises(OptionError, match="symprec must be positive"):
@@ -141,6 +154,53 @@ def test_bad_input_is_no_matter_of_a_member():
     prop.error = OptionError
     with pytest.raises(OptionError, match="too low"):
         prop.run(iron(), CommitteeToy(toys))
+
+
+def mixed(*carriers):
+    """A committee on FeCr whose members let the moments of the other elements vanish."""
+    return CommitteeToy(
+        [
+            CapableToy(Landau(0.05, 0.005 + 1e-4 * k, numbers), Heisenberg(1e-4, 2.6), soc=False, moments="magnitudes")
+            for k, numbers in enumerate(carriers)
+        ]
+    )
+
+
+@pytest.mark.parametrize("prop", [Magnon(points=5, mesh=4), Exchange(points=5, mesh=4, states=0)])
+def test_a_member_with_other_magnetic_sites_is_left_out_and_named(prop):
+    """Mean and spread over most members, also where the first is the odd one; an error where no majority agrees."""
+    atoms = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9] * 3, pbc=True)
+    atoms = with_moments(atoms, [[0, 0, 2.0], [0, 0, 2.0]])
+    for odd in (0, 3):
+        carriers = [(26, 24)] * 4
+        carriers[odd] = (26,)
+        warned = rf"3 of 4 members of the committee \(member {odd + 1}: its result differs .* in .*site"
+        with pytest.warns(UserWarning, match=warned):
+            dataset = prop.run(atoms, mixed(*carriers))
+        assert dataset["site"].values.tolist() == [0, 1]
+        assert dataset["member"].values.tolist() == [k for k in range(4) if k != odd]
+        assert dataset.attrs["members_without_result"].startswith(f"member {odd + 1}: its result differs")
+    with pytest.raises(CalculatorError, match=r"differ in .*site.*no majority agrees.*keep the moments fixed"):
+        prop.run(atoms, mixed((26, 24), (26,), (26, 24), (26,)))
+
+
+def test_one_site_instead_of_another():
+    """Sizes agree, sites do not; numbers that follow the moments may differ."""
+    parts = [
+        xr.Dataset(
+            {"x": variable("site", [x], "eV", "x")},
+            {"site": variable("site", [site], "1", "site"), "angle": variable("site", [x], "degree", "angle")},
+        )
+        for site, x in ((0, 1.0), (1, 2.0), (0, 3.0))
+    ]
+
+    class Given(ScaledEnergy):
+        def compute(self, atoms, calculator, progress):
+            return parts.pop(0)
+
+    with pytest.warns(UserWarning, match=r"member 2: its result differs from that of most members in site\)"):
+        dataset = Given().run(iron(), CommitteeToy([CapableToy(Heisenberg(1e-3, 3.0))] * 3))
+    assert dataset["x_member"].values.tolist() == [[1.0], [3.0]]
 
 
 def test_datasets_without_units_or_of_strange_types_are_refused():

@@ -10,6 +10,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from mmace_props.errors import MomentError, OptionError, StructureError
 from mmace_props.protocol import SpinCalculator, moments_of, with_moments
+from mmace_props.relax import write_structure
 from mmace_props.structures import (
     antiferromagnetic_signs,
     check_structure,
@@ -147,18 +148,101 @@ def test_moment_tables_and_files(tmp_path):
     for bad in ("Fe", "Fe=x", "Qq=1", "Fe=nan", ""):
         with pytest.raises(OptionError):
             parse_moments(bad)
+    one, two, three = (
+        Atoms("Fe" * n, scaled_positions=[[k / n, 0, 0] for k in range(n)], cell=[8] * 3) for n in (1, 2, 3)
+    )
     (tmp_path / "a.txt").write_text("2.0\n-1.5\n")
-    np.testing.assert_array_equal(read_moments(tmp_path / "a.txt", 2), [[0, 0, 2.0], [0, 0, -1.5]])
+    np.testing.assert_array_equal(read_moments(tmp_path / "a.txt", two), [[0, 0, 2.0], [0, 0, -1.5]])
     (tmp_path / "b.txt").write_text("1 0 2\n0 0 -1\n")
-    np.testing.assert_array_equal(read_moments(tmp_path / "b.txt", 2), [[1, 0, 2.0], [0, 0, -1]])
+    np.testing.assert_array_equal(read_moments(tmp_path / "b.txt", two), [[1, 0, 2.0], [0, 0, -1]])
     (tmp_path / "one.txt").write_text("2.0\n")
-    np.testing.assert_array_equal(read_moments(tmp_path / "one.txt", 1), [[0, 0, 2.0]])
-    write(tmp_path / "c.extxyz", with_moments(bulk("Fe", cubic=True), [[0, 0, 1], [0, 1, 0]]))
-    np.testing.assert_array_equal(read_moments(tmp_path / "c.extxyz", 2), [[0, 0, 1], [0, 1, 0]])
+    np.testing.assert_array_equal(read_moments(tmp_path / "one.txt", one), [[0, 0, 2.0]])
     with pytest.raises(MomentError, match=r"shape \(2,\), but 3 atoms"):
-        read_moments(tmp_path / "a.txt", 3)
+        read_moments(tmp_path / "a.txt", three)
     with pytest.raises(MomentError, match="no moments can be read"):
-        read_moments(tmp_path / "no.txt", 3)
+        read_moments(tmp_path / "no.txt", three)
+
+
+@pytest.mark.parametrize("suffix", ["extxyz", "json", "traj"])
+def test_moments_of_the_same_structure_in_a_file(suffix, tmp_path):
+    """Vectors and single numbers of a file that holds the structure itself, as they are."""
+    crystal = bulk("Fe", cubic=True)
+    write(tmp_path / f"c.{suffix}", with_moments(crystal, [[0, 0, 1], [0, 1, 0]]))
+    np.testing.assert_array_equal(read_moments(tmp_path / f"c.{suffix}", crystal), [[0, 0, 1], [0, 1, 0]])
+    crystal.set_initial_magnetic_moments([2.0, -1.0])
+    write(tmp_path / f"d.{suffix}", crystal)
+    np.testing.assert_array_equal(read_moments(tmp_path / f"d.{suffix}", crystal), [[0, 0, 2], [0, 0, -1]])
+    crystal.set_initial_magnetic_moments(None)
+    write(tmp_path / f"e.{suffix}", crystal)
+    with pytest.raises(MomentError, match="carries no moments"):
+        read_moments(tmp_path / f"e.{suffix}", crystal)
+
+
+def feal():
+    cell = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.9] * 3, pbc=True)
+    return with_moments(cell, [[0.1, 0.2, 0.8], [0, 0, 0]])
+
+
+def skewed():
+    """Three iron atoms and a nitrogen in a triclinic cell, each with a moment of its own."""
+    scaled = [[0, 0, 0.02], [0.5, 0.48, 0], [0.1, 0.55, 0.5], [0.98, 0.02, 0.5]]
+    cell = Atoms("Fe2NFe", scaled_positions=scaled, cell=[[0.3, 3.9, 0.2], [0, 0.4, 4.1], [3.8, 0.2, 0.1]], pbc=True)
+    return with_moments(cell, [[2, 0.3, 0], [-1.8, 0.2, 0.4], [0, 0.1, 0.1], [0.2, 1.1, -1]])
+
+
+@pytest.mark.parametrize("structure", [feal(), with_moments(bulk("Fe", a=2.83), [[0, 0, 2.2]]), skewed()])
+def test_moments_of_magcif_come_back_on_their_atoms_and_in_their_frame(structure, tmp_path):
+    """magCIF sorts atoms and has a frame of its own, which a primitive bcc cell is turned into."""
+    write_structure(structure, tmp_path / "m.mcif")
+    again = read_structure(tmp_path / "m.mcif")
+    changed = not np.array_equal(again.numbers, structure.numbers)
+    assert changed or not np.allclose(again.cell[:], structure.cell[:], atol=0.1)
+    np.testing.assert_allclose(read_moments(tmp_path / "m.mcif", structure), moments_of(structure), atol=1e-7)
+
+
+def test_moments_of_a_relaxed_file_that_is_turned_and_sorted_otherwise(tmp_path):
+    """A few percent of strain and displaced atoms: vectors turn by the rotation alone, single numbers stay along z."""
+    structure = skewed()
+    rotation = Rotation.from_euler("xyz", [20, 70, 130], degrees=True).as_matrix()
+    strain = np.eye(3) + np.array([[0.03, 0.01, 0], [0.01, -0.02, 0.005], [0, 0.005, 0.01]])
+    order = [3, 0, 2, 1]
+    relaxed = structure.copy()
+    relaxed.set_cell(structure.cell[:] @ strain, scale_atoms=True)
+    relaxed.positions += np.random.default_rng(0).normal(0, 0.05, (4, 3)) + relaxed.cell[2]
+    relaxed.set_cell(relaxed.cell[:] @ rotation.T)
+    relaxed.positions = relaxed.positions @ rotation.T
+    file = with_moments(relaxed[order], (moments_of(structure) @ rotation.T)[order])
+    write(tmp_path / "r.extxyz", file)
+    np.testing.assert_allclose(read_moments(tmp_path / "r.extxyz", structure), moments_of(structure), atol=0.02)
+    lengths = np.array([2.0, -1.8, 0.0, 1.5])
+    numbers = relaxed[order]
+    numbers.set_initial_magnetic_moments(None)
+    numbers.set_initial_magnetic_moments(lengths[order])
+    write(tmp_path / "n.extxyz", numbers)
+    np.testing.assert_array_equal(read_moments(tmp_path / "n.extxyz", structure)[:, 2], lengths)
+
+
+def test_moments_of_another_crystal_are_refused(tmp_path):
+    """Other numbers of atoms, other elements, other places, other cells, and a mirror image."""
+    structure = feal()
+    swapped, far, stretched, mirrored = (structure.copy() for _ in range(4))
+    swapped.numbers = [13, 13]
+    far.positions[1] += [0.6, 0, 0]
+    stretched.set_cell([2.9, 2.9, 3.3], scale_atoms=True)
+    mirrored.set_cell([2.9, 2.9, -2.9], scale_atoms=True)
+    for other, reason in (
+        (structure.repeat((2, 1, 1)), "it has 4 atoms instead of 2"),
+        (swapped, r"its atom 0 \(Al\) is at no such atom"),
+        (far, r"its atom 1 \(Al\) is at no such atom"),
+        (stretched, "its cell vectors are others"),
+        (mirrored, "its cell vectors are others"),
+    ):
+        write(tmp_path / "o.extxyz", other)
+        with pytest.raises(StructureError, match=f"are of another crystal than the structure: {reason}"):
+            read_moments(tmp_path / "o.extxyz", structure)
+    structure.set_cell(None)
+    with pytest.raises(StructureError, match="no cell in three dimensions"):
+        read_moments(tmp_path / "o.extxyz", structure)
 
 
 def test_orders_and_where_they_came_from():
