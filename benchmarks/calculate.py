@@ -19,7 +19,7 @@ from mmace_props.journal import Journal, fingerprint
 from mmace_props.protocol import MomentMode, SpinCalculator, bare, moments_of, with_moments
 from scipy.optimize import linprog
 
-from .errors import BenchmarkError
+from .errors import BenchmarkError, BeyondVolumesError
 from .systems import SUMS, Number, System, Task, terms_of
 
 GPA = 160.21766208  # GPa in eV/Å³
@@ -89,15 +89,15 @@ def identity(factory: str, model: str) -> dict[str, str]:
         "factory": factory,
         "factory_source": _digest(code),
         "model": model,
-        "model_file": _digest(Path(model)) if Path(model).is_file() else "",
+        "model_file": _digest(Path(model), "*") if model and Path(model).exists() else "",
         "suite": _digest(Path(mmace_props.__file__).parent),
         "benchmark": _digest(Path(__file__)),
     }
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of the Python files below a folder with their names; empty where there is neither."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.py")) if path != Path() and path.is_dir() else []
+def _digest(path: Path, names: str = "*.py") -> str:
+    """SHA-256 of a file, or of the files of some names below a folder; empty where there is neither."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob(names) if p.is_file()) if path != Path() else []
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
@@ -151,12 +151,18 @@ def _run(system: System, task: Task, make: MakeCalculator, folder: Path, origin:
         if task.property == "labels":
             return compare_labels(system, task, calculator)
         dataset = dataset_of(system, task, calculator, folder, origin)
-        found = {name: _finite(values(dataset, number)) for name, number in task.numbers.items()}
     except BenchmarkError:
         raise
     except PropertyError as error:
         return Outcome({}, committee, " ".join(str(error).split()))
     notes = [str(dataset.attrs["note"])] if "note" in dataset.attrs else []
+    found: dict[str, dict[int, float]] = {}
+    for name, number in task.numbers.items():
+        try:
+            found[name] = _finite(values(dataset, number))
+        except BeyondVolumesError as error:
+            found[name] = {}
+            notes.append(f"{name} is not computed: {error}")
     return Outcome(found, committee, "", str(dataset.attrs.get(LOST, "")), notes, dataset)
 
 
@@ -324,6 +330,7 @@ def values(dataset: xr.Dataset, number: Number) -> dict[int, float]:
     Raises
     ------
     BenchmarkError : the dataset has no such variable or place.
+    BeyondVolumesError : the place is a volume that the calculator's curve does not reach.
     """
     name = f"{number.variable}_member" if f"{number.variable}_member" in dataset else number.variable
     if name not in dataset:
@@ -347,7 +354,8 @@ def _at(dataset: xr.Dataset, name: str, where: Mapping[str, Any]) -> np.ndarray:
         elif dimension == "volume" and isinstance(label, float):
             known = picked["volume"]
             if not float(known.min()) <= label <= float(known.max()):
-                raise BenchmarkError(f"{name} ends at {float(known.min()):.2f} and {float(known.max()):.2f} Å³/atom")
+                ends = f"{float(known.min()):.2f} and {float(known.max()):.2f}"
+                raise BeyondVolumesError(f"{name} ends at {ends} Å³/atom, {label:.2f} is asked")
             picked = picked.interp(volume=label)
         elif isinstance(label, str) or dimension in ("cone",):
             if label not in dataset[dimension].values:

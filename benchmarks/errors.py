@@ -5,3 +5,7 @@ from mmace_props.errors import PropertyError
 
 class BenchmarkError(PropertyError):
     """A system, a file of the benchmark, or a result cannot be used."""
+
+
+class BeyondVolumesError(BenchmarkError):
+    """A number is asked at a volume that the calculator's curve does not reach."""

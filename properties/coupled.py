@@ -18,9 +18,9 @@ from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import ConvergenceError, MomentError, OptionError
 from .lattice import Lattice, ase_atoms, full_pairs, primitive_matrix, supercell_matrix, unit_index
-from .magnon import ROUGH, ROUNDING, settled
+from .magnon import rounding_of, settled
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .supercell import knows_rows, transverse
+from .supercell import transverse
 from .symmetry import band_path
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class SpinLattice:
         self.sites = np.flatnonzero(lengths >= SMALLEST_MOMENT)
         self.lengths, self.count = lengths[self.sites], len(home)
         units = moments[self.sites] / self.lengths[:, None]
-        self.zero = ROUNDING if knows_rows(calculator) else ROUGH
+        self.zero = rounding_of(calculator)
         self._images(phonon)
 
         image = with_moments(ase_atoms(phonon.supercell), moments[self.partner])

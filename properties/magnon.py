@@ -32,6 +32,10 @@ ROUGH = 1e-9
 """The same where it comes from differences of magnetic forces."""
 ROUGHEST = 1e-6
 """The same where it comes from differences of energies."""
+SINGLE = 1e-5
+"""The same in single precision."""
+FLAT = 1e-7
+"""A branch that rises by less than this, in eV, at the largest of `SMALL_WAVES` has no power law."""
 DOS_POINTS = 401
 COMPENSATED = 1e-3
 """An order whose net moment is below this part of the sum of |m| is an antiferromagnet."""
@@ -90,8 +94,7 @@ class SpinWaves:
     def __init__(self, box: Supercell, moments: Array, calculator: SpinCalculator) -> None:
         self.cell, self.sites = box.cell, box.sites
         self.lengths = np.linalg.norm(moments[box.sites], axis=1)
-        rough = ROUGHEST if calculator.differs_twice else ROUGH
-        self.zero = ROUNDING if knows_rows(calculator) else rough
+        self.zero = rounding_of(calculator)
         blocks, inward = tilts(box, calculator, moments)
         self.coverage = Coverage.of(box, calculator, moments, -0.5 * blocks.transpose(0, 2, 1, 3))
         n, images = len(box.sites), box.images()
@@ -120,6 +123,13 @@ class SpinWaves:
     def modes(self, q: Array) -> Modes:
         """Return the spin waves at wave vectors (Q, 3), energies in eV."""
         return normal_modes(self.form(q), self.bracket, self.zero, self.scale)
+
+
+def rounding_of(calculator: SpinCalculator) -> float:
+    """Return the part of the largest curvature by tilts below which a curvature is zero."""
+    if not knows_rows(calculator):
+        return ROUGHEST if calculator.differs_twice else ROUGH
+    return SINGLE if calculator.single_precision else ROUNDING
 
 
 def settled(cell: Atoms, sites: NDArray[np.intp], moments: Array, calculator: SpinCalculator) -> tuple[Array, float]:
@@ -316,10 +326,15 @@ class Magnon(Property):
     def _frozen(
         self, cell: Atoms, sites: NDArray[np.intp], moments: Array, calculator: SpinCalculator, q: Array
     ) -> dict[str, xr.Variable]:
-        """Return magnon energies and stiffness by frozen spirals, which reach as far as the calculator does."""
+        """Return magnon energies and stiffness by frozen spirals, which reach as far as the calculator does.
+
+        Their small differences of energies are lost in single precision.
+        """
         pattern = Pattern.of(moments)
         signs = pattern.along[sites]
         if calculator.soc is not False or not calculator.has("evaluate_spirals") or not pattern.collinear:
+            return {}
+        if calculator.single_precision:
             return {}
         if np.any(signs * signs[0] < 0):
             return {}
@@ -409,7 +424,11 @@ class Magnon(Property):
 
 
 def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
-    """Return what the lowest branch does at small q: stiffness and slope, or the velocity of an antiferromagnet."""
+    """Return what the lowest branch does at small q: stiffness and slope, or a velocity where it is no parabola.
+
+    That is so in antiferromagnets, and in orders with a net moment whose lowest branch is linear in q: easy-plane
+    ferromagnets and canted antiferromagnets.
+    """
     own = moments[waves.sites]
     ferro = bool(np.linalg.norm(own.sum(axis=0)) > COMPENSATED * np.linalg.norm(own, axis=1).sum())
     n = six_directions()
@@ -420,21 +439,27 @@ def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     zero = float(start.energies[0, 0])
     good = bool(modes.stable.all() and start.stable.all())
     unknown = np.full((3, 3), np.nan)
-    tensor = from_six(leading(energy.mean(axis=1) - zero)) if ferro and good else unknown
+    rise = energy.mean(axis=1) - zero
+    linear = bool(((rise[-1] > FLAT) & (rise[1] < 3 * rise[0])).any())
+    parabola = ferro and not linear
+    tensor = from_six(leading(rise)) if parabola and good else unknown
     difference = (energy[:, 0] - energy[:, 1])[:, :3] / 2
     x = np.array(SMALL_WAVES)
     odd = np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0] if good else np.full(3, np.nan)
-    squares = leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not ferro else np.full(3, np.nan)
-    velocity = float(np.mean(np.sqrt(np.maximum(squares, 0.0))))
+    squares = leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not parabola else np.full(3, np.nan)
+    velocity = float(np.sqrt(np.maximum(squares.mean(), 0.0)))
     return {
         "stiffness_tensor": variable(
-            ("xyz", "xyz_2"), tensor * 1e3, "meV Å²", "D of ħω = Δ + v·q + q·D·q, NaN for antiferromagnets"
+            ("xyz", "xyz_2"), tensor * 1e3, "meV Å²", "D of ħω = Δ + v·q + q·D·q, NaN where that does not hold"
         ),
         "stiffness": variable(
             (), np.trace(tensor) / 3 * 1e3, "meV Å²", "spin-wave stiffness, a third of the trace of D"
         ),
         "drift": variable("xyz", odd * 1e3, "meV Å", "slope v of the lowest branch at q = 0, odd in q"),
         "velocity": variable(
-            (), velocity * 1e3, "meV Å", "c of (ħω)² = Δ² + (c q)², mean of x, y, z; NaN for ferromagnets"
+            (),
+            velocity * 1e3,
+            "meV Å",
+            "root of a third of the trace of c² in (ħω)² = Δ² + q·c²·q, NaN for parabolas",
         ),
     }

@@ -221,6 +221,11 @@ class SpinCalculator:
         return abs(self.energy(atoms, turned) - before) <= 1e-10 * max(1.0, abs(before))
 
     @property
+    def single_precision(self) -> bool:
+        """Whether the calculator says that it computes in single precision."""
+        return self.has("provenance") and self.calculator.provenance().get("dtype") == "float32"
+
+    @property
     def moment_tolerance(self) -> float:
         """Magnetic force that relaxed moments may keep, eV/µB: the calculator's own tolerance, or that of the suite."""
         return float(getattr(self.calculator, "tolerance", MOMENT_TOLERANCE))

@@ -394,10 +394,11 @@ class Spirals:
             slope = -np.einsum("qic,qic->qi", found["magnetic_forces"], unit[rows])[:, sites]
             return found["energy"], slope
 
+        tolerance = self.calculator.moment_tolerance if self.calculator.single_precision else MOMENT_TOLERANCE
         rows = np.arange(len(q))
         energy, slope = slopes(rows, signed)
         for _ in range(60):
-            open_ = np.flatnonzero(np.abs(slope).max(axis=1) > MOMENT_TOLERANCE)
+            open_ = np.flatnonzero(np.abs(slope).max(axis=1) > tolerance)
             if not len(open_):
                 return signed
             hessian = np.zeros((len(open_), count, count))

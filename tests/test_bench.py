@@ -439,7 +439,10 @@ def test_sum_of_quantities_and_a_volume_between_points(toy_system):
     assert found["moment"]["value"] > 0
     plan["tasks"][0]["numbers"]["moment"]["where"]["volume"] = 30.5
     (toy_system / "FeAl/benchmark.json").write_text(json.dumps(plan))
-    assert run("--calculator", "factory.py:make") == 2
+    assert run("--calculator", "factory.py:make", "--json", "far.json") == 0, "other numbers do not suffer"
+    far = json.loads(Path("far.json").read_text())["systems"]["FeAl"]
+    assert far["moment"]["verdict"] == "not computed"
+    assert far["sum"] == found["sum"]
 
 
 def labelled(atoms, toy, energy=0.0, force=0.0, stress=0.0, magnetic=0.0, **info):

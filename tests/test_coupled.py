@@ -85,6 +85,16 @@ def test_chain_with_dzyaloshinskii_coupling(kind):
     assert dataset["energy"].attrs["units"] == "meV"
 
 
+@pytest.mark.parametrize("gives", [("energy", "magnetic_forces", "forces"), ("energy",)])
+def test_rounding_is_no_instability(gives):
+    """A ferromagnet is stable, whatever its curvatures are differences of."""
+    atoms = with_moments(bulk("Fe", "sc", a=SIZE), [[0, 0, 2.0]])
+    magnet = Toy(Heisenberg(2e-3, 2.6, 1.0), Springs(3.0, SIZE, 4.4), gives=gives, soc=False)
+    dataset = Coupled(dim=(2, 2, 2), points=9, moments="fixed").run(atoms, magnet)
+    assert float(dataset["instability"]) == 0.0
+    assert float(dataset["growth"].max()) == 0.0
+
+
 def test_gap_of_the_chain():
     """The gap is the least distance of the two branches of the closed form, near where they would cross."""
     dataset = quick().run(chain(), toy())

@@ -24,7 +24,14 @@ from mmace.cli import main
 from mmace.data import Splits, read_splits
 from mmace.errors import LabelError, MissingProgramError
 from mmace.labels.abinit import find_datasets, find_program, kpoint_mesh, parse_output, write_input
-from mmace.labels.check import compare_differences, compare_labels, difference_plan, refined_plan
+from mmace.labels.check import (
+    compare_differences,
+    compare_labels,
+    compare_reproduction,
+    difference_plan,
+    refined_plan,
+    reproduction_plan,
+)
 from mmace.labels.collecting import collect, earlier_labels, earlier_rejections
 from mmace.labels.files import check_checksums, read_checked, write_checksums, write_labels
 from mmace.labels.gate import find_duplicates, fingerprint, job_frames, judge
@@ -666,6 +673,29 @@ def test_differences_recover_a_known_gradient(tmp_path: Path) -> None:
     )
 
 
+def test_reproduction_compares_what_both_hold(tmp_path: Path) -> None:
+    plan = Plan("test", COLLINEAR, (feal(),))
+    reference = job_frames(plan, plan.jobs[0], good_result())[0]
+    again = reproduction_plan(plan, [reference], ["feal"])
+    folder = tmp_path / again.name / "feal"
+    folder.mkdir(parents=True)
+    result = good_result(energy=good_result()["energy"] + 2e-3)
+    (folder / "result.json").write_text(json.dumps({**result, "key": job_key(again, again.jobs[0])}))
+    assert compare_reproduction(again, tmp_path, [reference])[0][1:] == ("1.0000", "0.000", "0.0000", "0.000")
+    for key in ("forces", "stress"):
+        del reference.calc.results[key]
+    assert compare_reproduction(again, tmp_path, [reference])[0][1:] == ("1.0000", "", "", "0.000")
+    with pytest.raises(LabelError, match="makes groups of directions"):
+        reproduction_plan(Plan("test", SOC, (feal(),)), [reference], ["feal"])
+
+
+def test_differences_without_moments_leave_them_out() -> None:
+    plan = difference_plan(Plan("test", COLLINEAR, (feal(moment=0.0),)), "feal")
+    assert {job.name for job in plan.jobs} == {
+        "base", "force-plus", "force-minus", "stress-plus", "stress-minus"
+    }  # fmt: skip
+
+
 def test_differences_of_canted_moments_turn_them_too() -> None:
     plan = difference_plan(Plan("test", NONCOLLINEAR, (iron(),)), "canted")
     plus = next(job for job in plan.jobs if job.name == "transverse-plus")
@@ -757,6 +787,30 @@ def test_compressed_data_sets_are_unpacked(tmp_path: Path) -> None:
     (tmp_path / "Fe.PBE.gz").write_bytes(gzip.compress(b"<paw/>"))
     folder = find_datasets(["Fe"], tmp_path, tmp_path / "paw")
     assert (folder / "Fe.GPAW.PBE.xml").read_text() == "<paw/>"
+    assert find_datasets(["Fe"], tmp_path, tmp_path / "paw") == folder
+    (tmp_path / "Fe.PBE.gz").write_bytes(gzip.compress(b"<other/>"))
+    with pytest.raises(LabelError, match="take another --work folder"):
+        find_datasets(["Fe"], tmp_path, tmp_path / "paw")
+    (tmp_path / "Fe.PBE.gz").unlink()
+    assert find_datasets(["Fe"], tmp_path, tmp_path / "paw") == folder
+
+
+def test_programs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run in folders of their own, where a relative path leads nowhere."""
+    (tmp_path / "abinit.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "abinit.sh").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert find_program("./abinit.sh") == str(tmp_path / "abinit.sh")
+
+
+def test_a_late_job_leaves_nothing_running(tmp_path: Path) -> None:
+    """A program may be a script around the one that computes."""
+    body = "import subprocess; print(subprocess.Popen(['sleep', '300']).pid, flush=True); time.sleep(300)"
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    assert run_plan(plan, tmp_path / "work", stand_in(tmp_path, body), limit_s=5.0)["failed"] == 1
+    child = int((tmp_path / "work/test/one/log").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -789,11 +843,20 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
         ((replace(feal(), moments=((0, 0, float("nan")), (0, 0, 0))),), "finite"),
         ((replace(feal(), moments=((0, 0, 1), (0, 0, 1))),), "no carrier"),
         ((iron(),), "off the z axis need a non-collinear recipe"),
+        ((replace(feal(), symbols=("Fe", "Ni")),), "valence has no entry for Ni"),
+        ((replace(feal(), settings={"ratsph": {"Al": 2.2}}),), "ratsph has no entry for Fe"),
     ],
 )
 def test_bad_plans_are_refused(jobs: tuple[Job, ...], words: str) -> None:
     with pytest.raises(LabelError, match=words):
         check_plan(Plan("test", COLLINEAR, jobs))
+
+
+def test_a_recipe_without_a_setting_is_refused() -> None:
+    for key in ("nstep", "magcon_lambda", "k_spacing"):
+        recipe = replace(COLLINEAR, settings={k: v for k, v in SETTINGS.items() if k != key})
+        with pytest.raises(LabelError, match=f"the recipe has no {key}"):
+            check_plan(Plan("test", recipe, (feal(),)))
 
 
 def test_sampling_builds_what_it_says() -> None:

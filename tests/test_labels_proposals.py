@@ -20,7 +20,11 @@ from mmace.labels.plan import Plan, Recipe, make_job, read_plan, write_plan
 from mmace.labels.proposals import propose
 from mmace.model import MagneticMACE, ModelConfig
 
-SETTINGS = {"noncollinear": False, "k_spacing": 0.25}
+SETTINGS = {
+    "noncollinear": False, "ecut": 18, "pawecutdg": 36, "ecutsm": 0.5, "occopt": 6, "tsmear": 0.02, "k_spacing": 0.25,
+    "tolvrs": 1e-6, "nstep": 45, "magcon_lambda": 0.02, "ratsph": {"Fe": 2.2, "Al": 2.2}, "ratsm": 0.05,
+    "valence": {"Fe": 8, "Al": 3},
+}  # fmt: skip
 RECIPE = Recipe("collinear", "abinit", ("Fe",), SETTINGS)
 CELL = np.diag([2.9, 2.9, 2.9])
 

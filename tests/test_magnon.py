@@ -16,6 +16,7 @@ from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.spiral import SpinSpiral
 from mmace_props.supercell import Supercell, transverse
 from scipy.integrate import solve_ivp
+from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
 
@@ -86,6 +87,48 @@ def test_antiferromagnet_with_anisotropy():
     velocity = 1e3 * 2 / M * 16 * pair_energy * 2.8 / 2
     assert float(free["velocity"]) == pytest.approx(velocity, rel=1e-6)
     assert np.isnan(float(free["stiffness"]))
+
+
+def test_easy_plane_ferromagnet_has_a_velocity():
+    """(2/m) sqrt(A (A + 2K)) with A = m D q²/2: linear at small q, with c² = 4 D K / m, and no stiffness."""
+    atoms, hard = bulk("Fe", "sc", a=2.4), 2e-4
+    free = quick().run(ferromagnet(atoms), CapableToy(Heisenberg(J, 2.5), soc=False))
+    flat = quick().run(with_moments(atoms, [[M, 0, 0]]), CapableToy(Heisenberg(J, 2.5), Uniaxial(-hard)))
+    assert abs(float(flat["gap"])) < 1e-4
+    assert float(flat["velocity"]) == pytest.approx(np.sqrt(4 * float(free["stiffness"]) * 1e3 * hard / M), rel=1e-4)
+    assert np.isnan(float(flat["stiffness"]))
+    steep = quick().run(with_moments(atoms, [[0, 0, M]]), CapableToy(Heisenberg(J, 2.5), Uniaxial(hard)))
+    assert float(steep["stiffness"]) == pytest.approx(float(free["stiffness"]), rel=1e-6)
+    assert np.isnan(float(steep["velocity"]))
+
+
+def test_velocity_does_not_depend_on_the_frame():
+    cell = Atoms("Cr2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 3.3], pbc=True)
+    toy = CapableToy(Heisenberg(-J, 3.0), soc=False)
+    found = []
+    for turn in (Rotation.identity(), Rotation.from_rotvec([0.3, 0.7, -0.4])):
+        atoms = cell.copy()
+        atoms.set_cell(cell.cell[:] @ turn.as_matrix().T, scale_atoms=True)
+        found.append(float(quick(path="GX").run(with_moments(atoms, [M, -M]), toy)["velocity"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_single_precision_is_no_instability():
+    """Rounding of the curvature has a sign; the stiffness agrees with that of double precision."""
+    atoms = with_moments(bulk("Fe", a=2.83), [2.2])
+    few = {"radius": 2.5, "tolerance": 0.9, "points": 7, "mesh": 2, "moments": "magnitudes"}
+    single, double = (
+        Magnon(**few).run(atoms, MMACECalculator(dtype=dtype, committee=False, soc=False))
+        for dtype in ("float32", "float64")
+    )
+    assert "note" not in single.attrs
+    assert float(single["stiffness"]) == pytest.approx(float(double["stiffness"]), rel=0.02)
+    assert "stiffness_frozen" not in single
+    spiral = SpinSpiral(points=5, mesh=0, moments="magnitudes")
+    single, double = (
+        spiral.run(atoms, MMACECalculator(dtype=dtype, committee=False, soc=False)) for dtype in ("float32", "float64")
+    )
+    np.testing.assert_allclose(single["energy"], double["energy"], atol=0.5)
 
 
 def test_rocksalt_antiferromagnet():

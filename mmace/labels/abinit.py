@@ -44,7 +44,7 @@ def find_program(command: str = "abinit") -> str:
             f"the program {command!r} is not installed: get ABINIT 9 (`apt-get install abinit` or "
             "`conda install -c conda-forge abinit`), or name it with --abinit"
         )
-    return path
+    return os.path.abspath(path)
 
 
 def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: str | Path) -> Path:
@@ -69,6 +69,8 @@ def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: 
     ------
     MissingProgramError
         Names the first element whose data set is missing.
+    LabelError
+        The set found is another than the one unpacked before.
     """
     unpacked = Path(unpacked)
     places = [Path(place) for place in (folder, os.environ.get(PAW_VARIABLE)) if place]
@@ -77,16 +79,23 @@ def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: 
         places += [Path(place) / "setups" for place in package.submodule_search_locations or ()]
     for element in sorted(set(elements)):
         target = unpacked / f"{element}.GPAW.PBE.xml"
-        if target.is_file():
-            continue
         names = (f"{element}.GPAW.PBE.xml", f"{element}.PBE", f"{element}.PBE.gz")
         found = next((place / name for place in places for name in names if (place / name).is_file()), None)
+        if found is None and target.is_file():
+            continue
         if found is None:
             raise MissingProgramError(
                 f"no PAW data set for {element}: `pip install gpaw-data`, or name a folder that holds "
                 f"{element}.PBE.gz or {element}.GPAW.PBE.xml with --paw or the variable {PAW_VARIABLE}"
             )
-        write_text(target, gzip.decompress(found.read_bytes()).decode() if found.suffix == ".gz" else found.read_text())
+        content = gzip.decompress(found.read_bytes()).decode() if found.suffix == ".gz" else found.read_text()
+        if not target.is_file():
+            write_text(target, content)
+        elif target.read_text() != content:
+            raise LabelError(
+                f"the PAW data set {str(found)!r} is not the one that {str(target)!r} was made from: take another "
+                "--work folder for other data sets"
+            )
     return unpacked
 
 

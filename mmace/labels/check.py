@@ -29,7 +29,15 @@ COMPARED = {
 
 
 def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[str]) -> Plan:
-    """Plan that labels frames of a file again, at the moments they reached, with a plan's recipe."""
+    """Plan that labels frames of a file again, at the moments they reached, with a plan's recipe.
+
+    Raises
+    ------
+    LabelError
+        A frame is not in the file, or the recipe is one of anisotropy groups, whose frames are made together.
+    """
+    if plan.recipe.engine != "abinit":
+        raise LabelError(f"the plan {plan.name!r} makes groups of directions; only single frames can be made again")
     frames = {atoms.info["name"]: atoms for atoms in references}
     missing = [name for name in names if name not in frames]
     if missing:
@@ -42,7 +50,7 @@ def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[s
 
 
 def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atoms]) -> list[tuple[str, ...]]:
-    """Largest differences between reproduced and reference labels.
+    """Largest differences between reproduced and reference labels, of what both hold.
 
     Returns
     -------
@@ -54,16 +62,13 @@ def compare_reproduction(plan: Plan, work: str | Path, references: Sequence[Atom
     for job in plan.jobs:
         result = _good_result(plan, job, work)
         atoms = frames[job.name]
-        gradients = np.array(result["magnetic_forces"]) - atoms.arrays["magnetic_forces"]
-        rows.append(
-            (
-                job.name,
-                f"{1e3 * (result['energy'] - atoms.get_potential_energy()) / len(atoms):.4f}",
-                f"{1e3 * np.abs(result['forces'] - atoms.get_forces()).max():.3f}",
-                f"{np.abs(result['stress'] - atoms.get_stress()).max() / GPa:.4f}",
-                f"{1e3 * np.nanmax(np.abs(gradients)):.3f}",
-            )
-        )
+        known = {**atoms.arrays, **atoms.calc.results}
+        row = [job.name, f"{1e3 * (result['energy'] - atoms.get_potential_energy()) / len(atoms):.4f}"]
+        for key, digits in (("forces", 3), ("stress", 4), ("magnetic_forces", 3)):
+            again, before = _both(result, known, key)
+            largest = np.abs(again - before).max(initial=-1.0) / COMPARED[key][1]
+            row.append(f"{largest:.{digits}f}" if largest >= 0 else "")
+        rows.append(tuple(row))
     return rows
 
 
@@ -247,8 +252,10 @@ def _first_carrier(job: Job) -> int:
 
 
 def _moment_directions(job: Job) -> list[tuple[str, np.ndarray]]:
-    """Unit vectors along the first carrier's moment, and across it towards the most different moment."""
+    """Unit vectors along the first carrier's moment, and across it towards the most different; none without moments."""
     moments = np.array(job.moments)
+    if not moments.any():
+        return []
     axis = moments[_first_carrier(job)] / np.linalg.norm(moments[_first_carrier(job)])
     across = moments - np.outer(moments @ axis, axis)
     largest = across[np.argmax(np.linalg.norm(across, axis=1))]

@@ -196,7 +196,8 @@ def _run(args: argparse.Namespace) -> int:
             raise LabelError(f"the plan {args.plan!r} has no job {name!r}")
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
     os.nice(args.nice)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_checked(path)]))
     if args.report:
         rejected = earlier_rejections(plan, _report(args.report))

@@ -18,6 +18,8 @@ from ..errors import LabelError
 from .files import write_text
 
 ENGINES = ("abinit", "gpaw-soc")
+ABINIT_SETTINGS = ("noncollinear", "ecut", "pawecutdg", "ecutsm", "occopt", "tsmear", "tolvrs", "nstep", "valence")
+"""What a job of ABINIT cannot do without; one that holds carriers needs spheres, and a constraint its strength."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
@@ -156,9 +158,27 @@ def check_plan(plan: Plan) -> None:
                 raise LabelError(f"{where}: {key} must be {shape[0]}×{shape[1]} finite numbers")
         if any(np.any(m) and s not in plan.recipe.carriers for s, m in zip(job.symbols, job.moments, strict=True)):
             raise LabelError(f"{where}: an element that is no carrier has a target moment; set it to zero")
-        collinear = plan.recipe.engine == "abinit" and not plan.settings(job).get("noncollinear")
-        if collinear and np.any(np.array(job.moments)[:, :2]):
-            raise LabelError(f"{where}: moments off the z axis need a non-collinear recipe")
+        if plan.recipe.engine == "abinit":
+            _check_abinit(job, plan.settings(job), plan.recipe.carriers, where)
+
+
+def _check_abinit(job: Job, settings: Mapping[str, Any], carriers: Sequence[str], where: str) -> None:
+    """Raise LabelError where ABINIT's input would lack a setting, or moments do not go with it."""
+    needed, by_element = list(ABINIT_SETTINGS), ["valence"]
+    if set(job.symbols) & set(carriers):
+        needed += ["ratsm", "ratsph"] + ["magcon_lambda"] * bool(settings.get("constrained", True))
+        by_element += ["ratsph"]
+    missing = [key for key in needed if key not in settings]
+    if not missing and "kmesh" not in settings and "k_spacing" not in settings:
+        missing = ["k_spacing"]
+    if missing:
+        raise LabelError(f"{where}: the recipe has no {missing[0]}; add it to its settings")
+    for key in by_element:
+        without = [symbol for symbol in job.symbols if symbol not in settings[key]]
+        if without:
+            raise LabelError(f"{where}: the recipe's {key} has no entry for {without[0]}; add one")
+    if not settings["noncollinear"] and np.any(np.array(job.moments)[:, :2]):
+        raise LabelError(f"{where}: moments off the z axis need a non-collinear recipe")
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def find_programs(
             f"the Python {python!r} has no GPAW: `pip install gpaw gpaw-data` (it compiles against libxc, BLAS and "
             f"MPI), and name the Python that has it with --gpaw-python or the variable {GPAW_VARIABLE}"
         )
+    python = os.path.abspath(shutil.which(python) or python)
     return Programs((python, str(Path(gpaw_soc.__file__).resolve())), Path())
 
 
@@ -194,7 +196,9 @@ def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Eve
     """Run a program in a folder on one core; end it when the time is up or the run is stopped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(args, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            args, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         deadline = time.monotonic() + limit_s
         try:
             while process.poll() is None:
@@ -207,7 +211,9 @@ def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Eve
                 except subprocess.TimeoutExpired:
                     continue
         finally:
-            process.kill()
+            # the program may be a script that started others
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     # a program that somebody ended says nothing about its job
     if process.returncode in ENDED:
