@@ -9,7 +9,7 @@ import xarray as xr
 from ase import Atoms
 from numpy.typing import NDArray
 
-from .base import Options, Progress, Property, Row, derived, option, spread_of, variable
+from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import MomentError, OptionError
@@ -37,6 +37,7 @@ SINGLE = 1e-5
 FLAT = 1e-7
 """A branch that rises by less than this, in eV, at the largest of `SMALL_WAVES` has no power law."""
 DOS_POINTS = 401
+LONG_WAVES = ("stiffness", "stiffness_frozen", "velocity")
 COMPENSATED = 1e-3
 """An order whose net moment is below this part of the sum of |m| is an antiferromagnet."""
 
@@ -350,7 +351,8 @@ class Magnon(Property):
         return data
 
     def finish(self, dataset: xr.Dataset, calculator: SpinCalculator) -> xr.Dataset:
-        """Say so where the reference state is not stable, with the wave vector of the member where it is worst."""
+        """Take stiffness and velocity over the members that have them; say so where the reference is not stable."""
+        dataset = over_members(dataset, LONG_WAVES)
         if float(dataset["instability"]) >= 0:
             return dataset
         who = ""
@@ -407,7 +409,8 @@ class Magnon(Property):
             ("velocity", "velocity"),
         ):
             if key in dataset and np.isfinite(float(dataset[key])):
-                rows.append(Row(label, float(dataset[key]), dataset[key].attrs["units"], spread_of(dataset, key)))
+                name = f"{label}{of_members(dataset, key)}"
+                rows.append(Row(name, float(dataset[key]), dataset[key].attrs["units"], spread_of(dataset, key), label))
         if "frozen" in dataset:
             difference = derived(dataset, lambda d: float(np.abs(d["frozen"] - d["energy"][:, 0]).max()))
             rows.append(Row("largest difference to frozen spirals", difference[0], "meV", difference[1]))

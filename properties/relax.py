@@ -43,7 +43,7 @@ Array = NDArray[np.float64]
 OPTIMIZERS: dict[str, Any] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
 CELLS = ("full", "volume", "shape", "fixed")
 MOMENT_RESIDUAL = 1e-5
-"""Largest magnetic force in eV/µB that relaxed moments may keep, unless the calculator asks for less."""
+"""Largest magnetic force in eV/µB that relaxed moments may keep, or the calculator's tolerance where that is larger."""
 LONGEST_STEP = 0.1
 """Å of one step of the optimiser."""
 NEAREST = 0.7

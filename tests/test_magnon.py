@@ -476,6 +476,9 @@ def test_committee_and_dataset(tmp_path):
     mixed = CommitteeToy([CapableToy(Heisenberg(j, 2.5), soc=False) for j in (1e-3, -2e-3)])
     split = quick(path="GHN").run(ferromagnet(bulk("Fe", a=2.8)), mixed)
     assert "for 1 of 2 members" in split.attrs["note"]
+    assert int(split["stiffness_count"]) == 1
+    assert float(split["stiffness"]) == pytest.approx(float(data["stiffness_member"][0]), rel=1e-6)
+    assert "stiffness, 1 of 2 members" in {row.label for row in Magnon().summary(split)}
     np.testing.assert_allclose(np.abs(split["instability_q"]), 0.5)
     assert float(data["energy_std"][k, 0]) == pytest.approx(top.std(ddof=1), rel=1e-9)
     assert np.trapezoid(data["dos"].values, data["dos_energy"].values) == pytest.approx(1, abs=2e-2)
