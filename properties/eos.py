@@ -35,7 +35,12 @@ STATES = ("fm", "afm", "nm", "given")
 FITS = ("birch_murnaghan", "vinet")
 TIE = 1e-8
 """Energies in eV/atom closer than this are one."""
-TRANSITIONS = ("transition_pressure", "transition_volume_1", "transition_volume_2", "crossing_volume")
+TRANSITIONS = {
+    "transition_pressure": ("GPa", "pressure of equal enthalpy, NaN where there is none in the window"),
+    "transition_volume_1": ("Å³/atom", "volume of the first state at that pressure"),
+    "transition_volume_2": ("Å³/atom", "volume of the second state at that pressure"),
+    "crossing_volume": ("Å³/atom", "volume of equal energy, NaN where there is none in the window"),
+}
 WIDEST = (0.4, 2.5)
 """Volumes, relative to that of the structure, between which a minimum is looked for."""
 
@@ -331,15 +336,9 @@ class EquationOfState(Property):
             coords["transition"] = variable(
                 "transition", np.array([f"{a}-{b}" for a, b in pairs]), "1", "pair of states"
             )
-            texts = (
-                "pressure of equal enthalpy, NaN where there is none in the window",
-                "volume of the first state at that pressure",
-                "volume of the second state at that pressure",
-                "volume of equal energy, NaN where there is none in the window",
-            )
-            for column, (key, text) in enumerate(zip(TRANSITIONS, texts, strict=True)):
-                units = "GPa" if column == 0 else "Å³/atom"
-                data[key] = variable("transition", found[:, column] * (GPA if column == 0 else 1.0), units, text)
+            for column, (key, (units, text)) in enumerate(TRANSITIONS.items()):
+                factor = GPA if units == "GPa" else 1.0
+                data[key] = variable("transition", found[:, column] * factor, units, text)
         return xr.Dataset(data, coords)
 
     def _fits(self, state: str, volumes: Array, energies: Array) -> dict[str, Fit]:
@@ -365,7 +364,7 @@ class EquationOfState(Property):
 
         It is nm where a state with moments has lost them.
         """
-        dataset = over_members(dataset, TRANSITIONS)
+        dataset = over_members(dataset, list(TRANSITIONS))
         energies = dataset["E0"].sel(fit=FITS[0])
         lowest = energies["state"].values[energies.values <= energies.values.min() + TIE]
         dataset.attrs["ground_state"] = "nm" if "nm" in lowest else str(lowest[0])

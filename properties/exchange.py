@@ -559,22 +559,21 @@ class Exchange(Property):
                 rows.append(
                     Row(f"single-ion anisotropy of {element} {site}, hard less easy", width[0], "meV", width[1])
                 )
-        for key, label in (
-            ("J_zero", "Σ J of the reference"),
-            ("tc_mean_field", f"Tc, mean field, {dataset.attrs['ordering']}"),
-            ("tc_rpa", "Tc, RPA"),
-            ("stiffness", "stiffness, frozen spirals"),
-            ("stiffness_sum", f"stiffness, J truncated at {dataset.attrs['unique_radius']:.1f} Å"),
-            ("left_out", "|J| beyond the supercell"),
-            ("folded", "Σ |J| of a site beyond the supercell"),
-            ("symmetry_removed", "removed by symmetry"),
-            ("direction_residual", "not common to all axes"),
-            ("direction_residual_biquadratic", "not common to all axes, with B"),
+        for name, key, detail in (
+            ("J_zero", "Σ J of the reference", ""),
+            ("tc_mean_field", "Tc, mean field", f", {dataset.attrs['ordering']}"),
+            ("tc_rpa", "Tc, RPA", ""),
+            ("stiffness", "stiffness, frozen spirals", ""),
+            ("stiffness_sum", "stiffness, J truncated", f" at {dataset.attrs['unique_radius']:.1f} Å"),
+            ("left_out", "|J| beyond the supercell", ""),
+            ("folded", "Σ |J| of a site beyond the supercell", ""),
+            ("symmetry_removed", "removed by symmetry", ""),
+            ("direction_residual", "not common to all axes", ""),
+            ("direction_residual_biquadratic", "not common to all axes, with B", ""),
         ):
-            if key in dataset and np.isfinite(value := float(dataset[key])):
-                units, spread = dataset[key].attrs["units"], spread_of(dataset, key)
-                name = {"tc_mean_field": "Tc, mean field", "stiffness_sum": "stiffness, J truncated"}.get(key, label)
-                rows.append(Row(label + of_members(dataset, key), value, units, spread, name))
+            if name in dataset and np.isfinite(value := float(dataset[name])):
+                label = f"{key}{detail}{of_members(dataset, name)}"
+                rows.append(Row(label, value, dataset[name].attrs["units"], spread_of(dataset, name), key))
         rows += _rows_of_states(dataset)
         if "model_error" in dataset:
             for cone in dataset["cone"].values:

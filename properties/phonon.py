@@ -575,7 +575,7 @@ class Phonon(Property):
         spread = None if "frequency_std" not in dataset else float(dataset["frequency_std"][top, -1])
         rows.append(Row("highest frequency", float(dataset["frequency"][top, -1]), "THz", spread))
         place = ", ".join(f"{x:.3g}" for x in dataset["lowest_q"].values)
-        rows.append(replace(_row(dataset, "lowest", f"lowest frequency, q = ({place})"), key="lowest frequency"))
+        rows.append(_row(dataset, "lowest", f"lowest frequency, q = ({place})", "lowest frequency"))
         if "member" in dataset.coords and int(dataset["unstable_members"]):
             count = f"{int(dataset['unstable_members'])} of {dataset.sizes['member']}"
             rows.append(Row("members with imaginary modes", count))
@@ -611,9 +611,8 @@ class Phonon(Property):
                 slope = dataset["frequency_slope"].values[k]
                 wave, branch = np.unravel_index(int(np.abs(slope).argmax()), slope.shape)
                 q = ", ".join(f"{x:.3g}" for x in dataset["q"].values[wave])
-                name = f"largest ∂ω/∂m of {element}"
-                row = _row(dataset.isel(wave=wave, branch=branch, element=k), "frequency_slope", f"{name}, q = ({q})")
-                rows.append(replace(row, key=name))
+                one, key = dataset.isel(wave=wave, branch=branch, element=k), f"largest ∂ω/∂m of {element}"
+                rows.append(_row(one, "frequency_slope", f"{key}, q = ({q})", key))
         if "volume" in dataset:
             for key, label in (("volume", "V"), ("expansion", "expansion"), ("bulk_modulus", "B")):
                 rows.append(_row(dataset, key, f"{label}, {near:g} K", temperature=near))
@@ -645,9 +644,9 @@ def _centre_shifts(dataset: xr.Dataset) -> list[Row]:
     return list(rows.values())[:LISTED]
 
 
-def _row(dataset: xr.Dataset, key: str, label: str, **where: Any) -> Row:
-    value = dataset[key].sel(**where)
-    return Row(label, float(value), str(dataset[key].attrs["units"]), spread_of(dataset, key, **where))
+def _row(dataset: xr.Dataset, name: str, label: str, key: str = "", **where: Any) -> Row:
+    value = dataset[name].sel(**where)
+    return Row(label, float(value), str(dataset[name].attrs["units"]), spread_of(dataset, name, **where), key)
 
 
 @dataclass(frozen=True)

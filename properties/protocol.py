@@ -2,8 +2,8 @@
 
 Required is an ASE calculator with `energy` that reads `initial_magmoms`. Everything else (`forces`, `stress`,
 `magnetic_forces`, and the optional `evaluate_spins`, `evaluate_spirals`, `hessian`, `relax_moments`, `replace`,
-`members`, `default_moments`, `elements`, `reach`, `tilt_reach`, `provenance`) is used where present and otherwise
-replaced by loops and central differences.
+`members`, `default_moments`, `elements`, `reach`, `tilt_reach`, `tolerance`, `provenance`) is used where present and
+otherwise replaced by loops and central differences.
 """
 
 import inspect

@@ -358,6 +358,7 @@ class Spirals:
         self.across = np.linalg.svd(self.axis[None])[2][1]
         self.scaled = cell.get_scaled_positions(wrap=False)
         self.carrying = np.flatnonzero(np.abs(along) > ZERO_MOMENT)
+        self.tolerance = calculator.moment_tolerance if calculator.single_precision else MOMENT_TOLERANCE
 
     def directions(self, q: Array) -> Array:
         """Return unit vectors of the cell S = 0, shape (Q, n, 3)."""
@@ -394,11 +395,10 @@ class Spirals:
             slope = -np.einsum("qic,qic->qi", found["magnetic_forces"], unit[rows])[:, sites]
             return found["energy"], slope
 
-        tolerance = self.calculator.moment_tolerance if self.calculator.single_precision else MOMENT_TOLERANCE
         rows = np.arange(len(q))
         energy, slope = slopes(rows, signed)
         for _ in range(60):
-            open_ = np.flatnonzero(np.abs(slope).max(axis=1) > tolerance)
+            open_ = np.flatnonzero(np.abs(slope).max(axis=1) > self.tolerance)
             if not len(open_):
                 return signed
             hessian = np.zeros((len(open_), count, count))

@@ -81,9 +81,9 @@ def find_datasets(elements: Sequence[str], folder: str | Path | None, unpacked: 
         target = unpacked / f"{element}.GPAW.PBE.xml"
         names = (f"{element}.GPAW.PBE.xml", f"{element}.PBE", f"{element}.PBE.gz")
         found = next((place / name for place in places for name in names if (place / name).is_file()), None)
-        if found is None and target.is_file():
-            continue
         if found is None:
+            if target.is_file():
+                continue
             raise MissingProgramError(
                 f"no PAW data set for {element}: `pip install gpaw-data`, or name a folder that holds "
                 f"{element}.PBE.gz or {element}.GPAW.PBE.xml with --paw or the variable {PAW_VARIABLE}"

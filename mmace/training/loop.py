@@ -311,7 +311,7 @@ class _Run:
         return Outcome(self._model_with(self.best), self._finished(), self.epoch, self.best_epoch, self.best_score)
 
     def _finished(self) -> bool:
-        validated = self.epoch > 0 and self.epoch % self.recipe.validate_every == 0
+        validated = self.epoch % self.recipe.validate_every == 0
         stale = validated and self.epoch - self.lowest_epoch > self.recipe.patience
         return self.epoch >= self.recipe.epochs or stale
 

@@ -219,15 +219,14 @@ def crystals_to_shake(
     weight : callable
         Chance of being drawn of each crystal of a composition, relative to others.
     """
-    ground = floor_energies([label for label in labels if all(label.pbc)], stiffness)
+    periodic = [label for label in labels if all(label.pbc)]
+    ground = floor_energies(periodic, stiffness)
     crystals = []
-    for label in labels:
+    for label in periodic:
         kind = composition(label.symbols)
         displaced = bool((np.abs(label.forces) > LARGEST_FORCE).any())
-        atoms = label.atoms()
-        if label.anisotropy_group is not None or kind not in ground or displaced or not all(label.pbc):
-            continue
-        crystals.append(Crystal(atoms, ground[kind], stiffness(kind), weight(kind)))
+        if label.anisotropy_group is None and kind in ground and not displaced:
+            crystals.append(Crystal(label.atoms(), ground[kind], stiffness(kind), weight(kind)))
     return crystals
 
 
