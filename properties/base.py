@@ -117,6 +117,7 @@ class Row:
     spread : standard deviation over the committee, None without one.
     key : what it is in the tables of any structure, for a label that holds what differs between them; the label by
         default.
+    error : statistical error of the value, in its unit, None where it is not drawn at random.
     """
 
     label: str
@@ -124,6 +125,7 @@ class Row:
     unit: str = ""
     spread: float | None = None
     key: str = ""
+    error: float | None = None
 
     def __post_init__(self) -> None:
         """Take the label as the key where there is none."""

@@ -412,34 +412,31 @@ def _print_start(
 
 def _print_table(console: Console, rows: Sequence[Row], title: str) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    spread = any(r.spread is not None for r in rows)
+    errors = {"error": "± statistics", "spread": "± committee"}
+    shown = [name for name in errors if any(getattr(r, name) is not None for r in rows)]
     table.add_column("quantity", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    if spread:
-        table.add_column("± committee", justify="right", no_wrap=True)
+    for heading in ("value", *(errors[name] for name in shown)):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)
     for row in rows:
         if isinstance(row.value, str):
-            cells = [row.label, row.value]
-        elif row.spread is None:
-            cells = [row.label, _number(row.value)]
+            cells = [row.value, *("" for _ in shown)]
         else:
-            cells = [row.label, *_with_spread(row.value, row.spread)]
-        if spread and len(cells) == 2:
-            cells.append("")
-        table.add_row(*cells, "" if row.unit == "1" else row.unit)
+            cells = _with_errors(row.value, [getattr(row, name) for name in shown])
+        table.add_row(row.label, *cells, "" if row.unit == "1" else row.unit)
     console.print(table)
 
 
-def _with_spread(value: float, spread: float) -> tuple[str, str]:
-    """Return both with the decimals of the spread's second digit."""
-    if not (np.isfinite(value) and SMALL_SPREAD < spread < np.inf):
-        return _number(value), f"{spread:.2g}"
-    decimals = max(0, 1 - math.floor(math.log10(spread)))
-    if decimals > MOST_DECIMALS:
-        digits = len(f"{abs(value) / spread:.0f}") + 1
-        return f"{value:.{max(3, digits)}g}", f"{spread:.2g}"
-    return f"{value:.{decimals}f}", f"{spread:.{decimals}f}"
+def _with_errors(value: float, errors: Sequence[float | None]) -> list[str]:
+    """Return all with the decimals of the second digit of the largest error."""
+    known = [e for e in errors if e is not None]
+    largest = max((e for e in known if SMALL_SPREAD < e < np.inf), default=0.0)
+    decimals = 1 - math.floor(math.log10(largest)) if largest else None
+    if decimals is None or decimals > MOST_DECIMALS or not np.isfinite(value):
+        digits = max(3, len(f"{abs(value) / largest:.0f}") + 1) if largest and np.isfinite(value) else None
+        shown = f"{value:.{digits}g}" if digits else _number(value)
+        return [shown, *("" if e is None else f"{e:.2g}" for e in errors)]
+    return [f"{x:.{max(0, decimals)}f}" if x is not None else "" for x in (value, *errors)]
 
 
 def _number(value: float) -> str:

@@ -464,20 +464,21 @@ class Curie(Property):
         for k, way in enumerate(dataset["way"].values):
             sizes = dataset["run_atoms"].values[dataset["run_way"].values == way]
             for key, label in (("tc_peak", "peak of χ"), ("tc_binder", "Binder crossing")):
-                value, error = float(dataset[key][k]), float(dataset[f"{key}_error"][k])
                 if key == "tc_binder" and len(sizes) < 2:
+                    continue
+                used = f"{sizes[-1]}" if key == "tc_peak" else f"{sizes[-2]} and {sizes[-1]}"
+                about = f"{names[str(way)]}, {label}"
+                value, error = float(dataset[key][k]), float(dataset[f"{key}_error"][k])
+                if np.isfinite(value):
+                    spread = float(dataset[f"{key}_std"][k]) if f"{key}_std" in dataset else None
+                    some = of_members(dataset, key, way=k)
+                    rows.append(Row(f"{about}, {used} moments{some}", value, "K", spread, about, error))
                     continue
                 ordered = float(dataset["binder"].values[dataset["run_way"].values == way][-1, -1]) > ORDERED
                 nothing = (
                     f"above {dataset['temperature'].values[-1]:g}, still ordered there" if ordered else "none seen"
                 )
-                text = f"{value:.0f} ± {error:.0f}" if np.isfinite(value) else nothing
-                if np.isfinite(value) and f"{key}_std" in dataset:
-                    spread, some = float(dataset[f"{key}_std"][k]), of_members(dataset, key, way=k)
-                    text = f"{text} (statistics) ± {spread:.0f} (members){some}"
-                used = f"{sizes[-1]}" if key == "tc_peak" else f"{sizes[-2]} and {sizes[-1]}"
-                about = f"{names[str(way)]}, {label}"
-                rows.append(Row(f"{about}, {used} moments", text, "K", key=about))
+                rows.append(Row(f"{about}, {used} moments", nothing, "K", key=about))
         if np.isfinite(float(dataset["tc_measured"])):
             label = f"measured, {dataset.attrs['measured']}"
             rows.append(Row(label, float(dataset["tc_measured"]), "K", key="measured"))

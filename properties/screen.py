@@ -266,7 +266,8 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
     Returns
     -------
     Dimension ``structure``; a variable for each key of the results' tables (NaN or empty where a structure has no such
-    line), ``_std`` with committees, and file, formula, origin of the moments, failure and dataset of each.
+    line), ``_std`` with committees, ``_error`` where values are drawn at random, and file, formula, origin of the
+    moments, failure and dataset of each.
     """
     count = len(outcomes)
     data: dict[str, xr.Variable] = {}
@@ -291,6 +292,9 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
         spreads = [np.nan if r is None or r.spread is None else r.spread for r in rows]
         if not np.all(np.isnan(spreads)):
             data[f"{name}_std"] = variable("structure", np.array(spreads), unit or "1", f"{key}, committee spread")
+        errors = [np.nan if r is None or r.error is None else r.error for r in rows]
+        if not np.all(np.isnan(errors)):
+            data[f"{name}_error"] = variable("structure", np.array(errors), unit or "1", f"{key}, statistical error")
     for name, text_ in (
         ("formula", "chemical formula"),
         ("origin", "where the initial moments came from"),

@@ -12,7 +12,7 @@ import xarray as xr
 from ase import Atoms
 from ase.build import bulk
 from ase.io import write
-from mmace_props.cli import _with_spread, load_calculator, main
+from mmace_props.cli import _with_errors, load_calculator, main
 from mmace_props.errors import CalculatorError
 from mmace_props.protocol import with_moments
 
@@ -56,21 +56,25 @@ def test_committee_spread_is_printed(capsys):
 
 
 @pytest.mark.parametrize(
-    ("value", "spread", "printed"),
+    ("value", "errors", "printed"),
     [
-        (10.3564, 0.4612, ("10.36", "0.46")),
-        (1256.17, 141.2, ("1256", "141")),
-        (-36.3, 7.81, ("-36.3", "7.8")),
-        (2.9e-7, 4.4e-8, ("2.9e-07", "4.4e-08")),
-        (-598.729451, 9.9e-5, ("-598.72945", "9.9e-05")),
-        (0.123456, 9.9e-5, ("0.12346", "9.9e-05")),
-        (0.0, 9.9e-5, ("0", "9.9e-05")),
-        (21.987654, 0.0, ("21.9877", "0")),
-        (1.0, float("nan"), ("1", "nan")),
+        (10.3564, [0.4612], ["10.36", "0.46"]),
+        (1256.17, [141.2], ["1256", "141"]),
+        (-36.3, [7.81], ["-36.3", "7.8"]),
+        (2.9e-7, [4.4e-8], ["2.9e-07", "4.4e-08"]),
+        (-598.729451, [9.9e-5], ["-598.72945", "9.9e-05"]),
+        (0.123456, [9.9e-5], ["0.12346", "9.9e-05"]),
+        (0.0, [9.9e-5], ["0", "9.9e-05"]),
+        (21.987654, [0.0], ["21.9877", "0"]),
+        (1.0, [float("nan")], ["1", "nan"]),
+        (21.987654, [None], ["21.9877", ""]),
+        (553.37, [24.61, 70.7], ["553", "25", "71"]),
+        (21.987654, [None, 0.52], ["21.99", "", "0.52"]),
+        (float("nan"), [0.52], ["nan", "0.52"]),
     ],
 )
-def test_values_are_rounded_to_their_spread(value, spread, printed):
-    assert _with_spread(value, spread) == printed
+def test_values_are_rounded_to_their_largest_error(value, errors, printed):
+    assert _with_errors(value, errors) == printed
 
 
 def test_json_on_standard_output(capsys):

@@ -329,8 +329,9 @@ def test_members_that_have_a_temperature(monkeypatch):
     assert float(data["tc_peak_error"][0]) == pytest.approx(25)
     assert int(data["tc_peak_count"][0]) == 2
     rows = {r.label: r for r in Curie().summary(data)}
-    text = rows["potential, directions, peak of χ, 8 moments"].value
-    assert text == "550 ± 25 (statistics) ± 71 (members), 2 of 3 members"
+    row = rows["potential, directions, peak of χ, 8 moments, 2 of 3 members"]
+    assert (row.value, row.error, row.spread) == pytest.approx((550, 25, 100 / np.sqrt(2)))
+    assert row.key == "potential, directions, peak of χ"
     assert " ± " in rows["M(T), potential, directions, 8 moments"].value
     assert rows["moment of the reference"].spread == pytest.approx(0)
 

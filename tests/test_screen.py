@@ -169,7 +169,7 @@ def test_from_python_with_other_tables(tmp_path):
     """Lines that only some results have, text, spread, labels that make one name, and one key of two labels."""
     outcomes = [
         Outcome("a", "Fe", rows=(Row("bulk modulus", 170.0, "GPa", 2.0), Row("ground state", "fm")), dataset="a.nc"),
-        Outcome("b", "Al", rows=(Row("bulk modulus", 76.0, "GPa"), Row("bulk-modulus", 1.0, "eV"))),
+        Outcome("b", "Al", rows=(Row("bulk modulus", 76.0, "GPa", error=3.0), Row("bulk-modulus", 1.0, "eV"))),
         Outcome("d", rows=(Row("bulk modulus, q = (0, 0)", 50.0, "GPa", key="bulk modulus"),)),
         Outcome("c", failure="no"),
     ]
@@ -181,6 +181,7 @@ def test_from_python_with_other_tables(tmp_path):
     assert table["bulk_modulus_2"].values[1] == 1.0
     assert table["bulk_modulus_std"].values[0] == 2.0
     assert np.isnan(table["bulk_modulus_std"].values[1])
+    np.testing.assert_array_equal(table["bulk_modulus_error"].values, [np.nan, 3.0, np.nan, np.nan])
     assert table["ground_state"].values.tolist() == ["fm", "", "", ""]
 
 
