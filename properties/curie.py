@@ -23,12 +23,11 @@ from .conventions import BOLTZMANN, G_FACTOR, HBAR
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .exchange import Exchange
 from .export import spin_table, spirit
-from .orders import CollinearOrder, collinear_orders
+from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .sampling import KINDS, Kind, Measure, Statistics, Walkers, crossing, peak, statistics, with_error
-from .spiral import primitive_cell
 from .supercell import Supercell
-from .symmetry import Pattern
+from .symmetry import Pattern, primitive_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,8 +155,8 @@ class Curie(Property):
         self, atoms: Atoms, members: Sequence[SpinCalculator], progress: Progress
     ) -> tuple[CollinearOrder, float]:
         """Return the order of the lowest mean energy over the members, and how far the next lies above in eV/atom."""
-        orders, found = self._orders(atoms), []
-        failures = []
+        orders = self._orders(atoms)
+        found, failures = [], []
         for k, order in enumerate(orders):
             progress("orders", k, len(orders))
             try:
@@ -166,14 +165,18 @@ class Curie(Property):
             except ConvergenceError as error:
                 failures.append(f"{order.name}: {error}")
                 continue
-            found.append((float(np.mean(energies)) / len(order.atoms), k))
+            lost = np.mean([not order_is_kept(moments_of(order.atoms), x) for x in moments])
+            energy = float(np.mean(energies)) / len(order.atoms)
+            # an order that lost itself ends in the state of another, which then is the one to name
+            found.append((energy + SAME_ENERGY * float(lost), energy, k))
         progress("orders", len(orders), len(orders))
         if not found:
             raise ConvergenceError(f"no order has moments that converge; of {failures[0]}")
         found.sort()
-        if orders[found[0][1]].name == "nm":
+        _, lowest, best = found[0]
+        if orders[best].name == "nm":
             raise MomentError("the state without moments is the lowest, so there is no order; give another structure")
-        return orders[found[0][1]], found[1][0] - found[0][0] if len(found) > 1 else np.nan
+        return orders[best], min((e - lowest for _, e, _ in found if e - lowest > SAME_ENERGY), default=np.nan)
 
     def run(self, structure: Atoms, calculator: Any, *args: Any, **named: Any) -> xr.Dataset:
         """Compute the property, with the first member of a committee alone unless the whole is asked for."""
@@ -205,6 +208,11 @@ class Curie(Property):
         cell, along = primitive_cell(atoms, start.along, options.symprec, options.mag_symprec)
         reference = with_moments(cell, along[:, None] * start.axis)
         moments = calculator.relax_moments([reference], self.mode(calculator))[0]
+        reached = Pattern.of(moments) if np.abs(moments).max() > ZERO_MOMENT else None
+        if reached is not None and reached.collinear:
+            # sites that began apart may have become one
+            cell, along = primitive_cell(cell, reached.along, options.symprec, options.mag_symprec)
+            moments = along[:, None] * reached.axis
         exchange = Exchange(
             states=0,
             points=11,
@@ -220,8 +228,7 @@ class Curie(Property):
             if not options.temperatures and not (np.isfinite(mean_field) and float(exchange["J_zero"]) > 0):
                 reason = exchange.attrs.get("note", "there is no exchange")
                 raise OptionError(f"no temperature to start from, as {reason}; give --temperatures in K")
-            given = options.temperatures or np.round(mean_field * np.array(AUTO))
-            self._temperatures = np.array(given, dtype=float)
+            self._temperatures = np.array(options.temperatures or _around(mean_field), dtype=float)
         temperatures = self._temperatures
 
         runs: list[tuple[str, int, int]] = []
@@ -500,6 +507,11 @@ class Curie(Property):
         return plot_curie(dataset)
 
 
+def _around(mean_field: float) -> Array:
+    """Return the default temperatures for a mean-field estimate in K: whole ones, or to its third digit."""
+    return np.round(mean_field * np.array(AUTO), max(0, 2 - int(np.floor(np.log10(mean_field)))))
+
+
 def _series(dataset: xr.Dataset, name: str, run: int) -> str:
     """Return the values of one run at all temperatures, each with its committee spread."""
     values = [f"{x:.2f}" for x in dataset[name].values[run]]
@@ -579,7 +591,8 @@ def spirit_walk(
         path = Path(folder) / "spirit.cfg"
         path.write_text(text)
         with state.State(str(path), quiet=True) as handle:
-            system.get_spin_directions(handle)[:] = np.tile(np.outer(signs, [0.0, 0.0, 1.0]), (size**3, 1))
+            reference = signs[:, None] * exchange["direction"].values
+            system.get_spin_directions(handle)[:] = np.tile(reference, (size**3, 1))
             system.update_data(handle)
             start = system.get_energy(handle)
             llg.set_temperature(handle, temperature)

@@ -19,7 +19,15 @@ from .magnetoelastic import CUBIC, DEGREE, cubic_constants, magnetoelastic, proj
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, free_axes, moments_of, with_moments
 from .relax import Freedom, magnetic_residual, relax_structure
 from .stiffness import birch, from_six, lagrangian, to_six, to_tensor, to_voigt, voigt_rotation
-from .symmetry import Pattern, PatternSymmetry, SiteSymmetry, lattice_frame, pattern_symmetry, site_symmetry
+from .symmetry import (
+    Pattern,
+    PatternSymmetry,
+    SiteSymmetry,
+    lattice_frame,
+    pattern_symmetry,
+    primitive_cell,
+    site_symmetry,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,8 +193,17 @@ def expand(
     full[size:, size:] = found["mm"].reshape(size, size)
     coupling = np.concatenate([found["er"].reshape(6, size), found["em"].reshape(6, size)], axis=1)
     moves = null_space(np.tile(np.eye(3), n)) if ions else np.zeros((size, 0))
+    moments = moments_of(atoms)
+    if mode == "full":
+        # moments turn along spheres: what is left of dE/d|m| would pass for a stiffness against turning
+        lengths = np.linalg.norm(moments, axis=1)
+        pull = -np.einsum("ix,ix->i", calculator.magnetic_forces(atoms, moments), moments)
+        for i in np.flatnonzero(lengths > ZERO_MOMENT):
+            axis = moments[i] / lengths[i]
+            at = slice(size + 3 * i, size + 3 * i + 3)
+            full[at, at] -= pull[i] / lengths[i] ** 2 * (np.eye(3) - np.outer(axis, axis))
     turning = mode == "full" and calculator.turns_freely(atoms)
-    turns = free_axes(moments_of(atoms), mode, turning)
+    turns = free_axes(moments, mode, turning)
     basis = block_diag(moves, turns)
     inner = basis.T @ full @ basis
     return Expansion(found["ee"], coupling @ basis, (inner + inner.T) / 2, basis)
@@ -281,7 +298,8 @@ class Elastic(Property):
         moments, volume, n = moments_of(atoms), atoms.get_volume(), len(atoms)
         forces, stress = calculator.forces(atoms, moments), from_six(calculator.stress(atoms, moments))
         soc = not calculator.turns_freely(atoms)
-        group = site_symmetry(atoms, moments, soc, self.options.symprec, self.options.mag_symprec)
+        tolerances = self.options.symprec, self.options.mag_symprec
+        group = site_symmetry(*primitive_cell(atoms, moments, *tolerances), soc, *tolerances)
         system, frame = lattice_frame(atoms, group.rotations, self.options.symprec)
         levels = _levels(mode)
         progress("second derivatives", 0, 1)
@@ -334,7 +352,7 @@ class Elastic(Property):
         if soc and pattern is not None and pattern.collinear:
             local = pattern_symmetry(atoms, pattern.along, self.options.symprec, self.options.mag_symprec)
             steady = np.array([*coefficients[:-1], birch(_symmetric(held, group), stress)])
-            data |= self._magnetoelastic(atoms, calculator, pattern, local, levels, steady, progress)
+            data |= self._magnetoelastic(atoms, calculator, pattern, local, frame, levels, steady, progress)
         coords = _coordinates(atoms, list(levels), frame)
         attrs = {"system": system, "symmetry_used": group.group, "rotations": len(group.rotations)}
         return xr.Dataset(data, coords, attrs)
@@ -403,6 +421,7 @@ class Elastic(Property):
         calculator: SpinCalculator,
         pattern: Pattern,
         local: PatternSymmetry,
+        frame: Array,
         levels: dict[str, tuple[MomentMode, bool]],
         coefficients: Array,
         progress: Progress,
@@ -411,7 +430,8 @@ class Elastic(Property):
 
         T is a change of Cauchy's stress, so the strain that takes it back under a constant load is ``-B⁻¹ T``, with the
         stress-strain coefficients B (levels, 6, 6) in GPa at directions of the moments that are held: the softening by
-        moments that turn with a strain is no part of the strain at given directions.
+        moments that turn with a strain is no part of the strain at given directions. The axes of `local` are those of
+        E(n), whose symmetry the direction of the moments does not lower; T is written in the dataset's, those of C.
         """
         points, weights = lebedev_rule(DEGREE)
         upper = [k for k, n in enumerate(points.T) if tuple(np.sign(np.round(n[::-1], 9))) > (0, 0, 0)]
@@ -434,10 +454,12 @@ class Elastic(Property):
         volume = atoms.get_volume()
         tensors = np.array([projected(n_local, weights, s / volume) for s in slopes])
         stiffness = np.array([to_voigt_frame @ c @ to_voigt_frame.T for c in coefficients]) / GPA
+        between = frame @ local.frame.T
+        written = np.einsum("vw,lwab,xa,yb->lvxy", voigt_rotation(between), tensors, between, between)
         data = {
             "magnetoelastic_tensor": variable(
                 ("level", "strain", "frame_axis", "frame_axis_2"),
-                tensors * MJ_PER_M3,
+                written * MJ_PER_M3,
                 "MJ/m³",
                 "magnetoelastic coupling T of f = Σ ε_v n·T_v·n, in the lattice's axes",
             )

@@ -27,6 +27,9 @@ Array = NDArray[np.float64]
 
 CHUNK = 64
 """Spin configurations evaluated at once."""
+DIVERGING = 0.6
+"""Growth of the RPA's average from a mesh of 1.5 n to one of 2 n, over that from n to 1.5 n: 0.5 where it converges as
+1/n, 0.71 where it is a logarithm, one in a chain."""
 ROUNDING = 1e-9
 """Anisotropic terms below this, in meV, are zero."""
 CONES = (5.0, 20.0, 60.0, 180.0)
@@ -368,6 +371,8 @@ class Exchange(Property):
 
         With ⟨e_i⟩ = σ_i a_i, ``A(q) = diag(f) - J(q)`` and ``f_i = Σ_j J_ij σ_i σ_j a_j / a_i``, it is
         ``k_B T = ⅔ / ⟨A⁻¹⟩_ii``, the same for all sites i, which fixes the a_i; ``⅔ / ⟨1/(J(0) - J(q))⟩`` for one site.
+        NaN where the average grows with the mesh, as in layers and chains (N. D. Mermin and H. Wagner, Phys. Rev. Lett.
+        17, 1133 (1966)).
         """
         sizes = [self.options.mesh, 3 * self.options.mesh // 2, 2 * self.options.mesh]
         zero = model.isotropic_at(np.zeros((1, 3)))[0].real * np.outer(signs, signs)
@@ -393,6 +398,9 @@ class Exchange(Property):
             else:
                 return np.nan
             averages.append(float(inverses.mean()))
+        first, second = np.diff(averages)
+        if second > DIVERGING * first > 0:
+            return np.nan
         orders = np.array([[1.0, 1 / n, 1 / n**3] for n in sizes])
         return 2 / 3 / float(np.linalg.solve(orders, averages)[0]) / BOLTZMANN
 
@@ -529,6 +537,10 @@ class Exchange(Property):
             if agreed and not dataset["ordering_q"].values.any():
                 where = "another order of the cell's own moments has a larger J(0)"
             dataset.attrs["note"] = f"the reference is not the lowest state of this exchange: {where}"
+        elif np.ptp(dataset["direction"].values, axis=0).max() < ROUNDING and np.isnan(float(dataset["tc_rpa"])):
+            dataset.attrs["note"] = (
+                "no temperature in the RPA: its average over the zone does not converge with the mesh"
+            )
         return dataset
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:

@@ -14,9 +14,9 @@ from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import MomentError, OptionError
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .spiral import SMALL_WAVES, from_six, frozen_magnons, frozen_stiffness, leading, primitive_cell, six_directions
+from .spiral import SMALL_WAVES, from_six, frozen_magnons, frozen_stiffness, leading, six_directions
 from .supercell import Coverage, Supercell, grown, knows_rows, row_of_coverage, tilts, transverse
-from .symmetry import Pattern, band_path
+from .symmetry import Pattern, band_path, primitive_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

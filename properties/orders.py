@@ -10,8 +10,8 @@ from ase.geometry.minkowski_reduction import minkowski_reduce
 from numpy.typing import NDArray
 
 from .errors import MomentError, OptionError, StructureError
-from .protocol import ZERO_MOMENT, superlattices, with_moments
-from .spiral import primitive_cell
+from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, superlattices, with_moments
+from .symmetry import primitive_cell
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -19,6 +19,10 @@ Integers = NDArray[np.int64]
 MOST_SITES = 16
 """Magnetic sites in a supercell whose sign patterns are still enumerated."""
 COMPENSATED = 1e-6
+
+
+SAME_ENERGY = 1e-6
+"""Energies per atom in eV that differ by no more belong to one state."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,15 @@ def collinear_orders(
     OptionError : more orders than `max_orders`, or more than 16 magnetic sites in a supercell.
     StructureError : spglib finds no symmetry at this tolerance.
     """
-    small, sizes = primitive_cell(atoms, np.abs(lengths), symprec, mag_symprec)
+    small, sizes = primitive_cell(atoms, _merged(atoms, np.abs(lengths), mag_symprec), symprec, mag_symprec)
     sites = np.flatnonzero(sizes > ZERO_MOMENT)
     if not len(sites):
         raise MomentError("no atom carries a moment, so there are no orders to try; give moments in µB")
+    if len(sites) > MOST_SITES:
+        raise OptionError(
+            f"the crystal has {len(sites)} magnetic sites, too many orders to try; the most is {MOST_SITES}, so give "
+            "an order as a structure file with moments"
+        )
     if max_cells * len(sites) > MOST_SITES:
         raise OptionError(
             f"max_cells cannot be {max_cells}: {max_cells} cells with {len(sites)} magnetic sites each have too many "
@@ -95,13 +104,29 @@ def collinear_orders(
                     counts[kind] += 1
                     name = f"{kind}-{counts[kind]}"
                 if len(found) == max_orders - 1:
-                    raise OptionError(
-                        f"there are more than {max_orders} orders within {max_cells} cells; lower max_cells, or raise "
-                        "max_orders"
-                    )
+                    way = "lower max_cells, or raise max_orders" if max_cells > 1 else "raise max_orders"
+                    raise OptionError(f"there are more than {max_orders} orders within {max_cells} cells; {way}")
                 found.append(CollinearOrder(name, _cell(small, sites, shape, signed, direction), count))
     nonmagnetic = with_moments(small, np.zeros((len(small), 3)))
     return [*found, CollinearOrder("nm", nonmagnetic, 1)]
+
+
+def _merged(atoms: Atoms, lengths: Array, tolerance: float) -> Array:
+    """Give lengths of one element that differ by no more than the tolerance the same value, that of the first."""
+    merged = lengths.copy()
+    for k, (number, length) in enumerate(zip(atoms.numbers, lengths, strict=True)):
+        alike = (atoms.numbers[:k] == number) & (np.abs(merged[:k] - length) <= tolerance)
+        if alike.any():
+            merged[k] = merged[:k][alike][0]
+    return merged
+
+
+def order_is_kept(start: Array, reached: Array) -> bool:
+    """Say whether every moment that was there still is, on the same side; both (N, 3) in µB."""
+    lengths = np.linalg.norm(start, axis=1)
+    carrying = lengths > ZERO_MOMENT
+    along = np.einsum("ix,ix->i", start[carrying], reached[carrying]) / lengths[carrying]
+    return bool((along > SMALLEST_MOMENT).all())
 
 
 def _operations(cell: Atoms, sizes: Array, symprec: float) -> tuple[Integers, Integers, Integers]:

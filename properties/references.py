@@ -15,10 +15,9 @@ from scipy.sparse.csgraph import connected_components
 from .base import Progress
 from .errors import MomentError, OptionError, StructureError, did_you_mean
 from .protocol import SMALLEST_MOMENT, MomentMode, SpinCalculator, moments_of, with_moments
-from .spiral import primitive_cell
 from .structures import antiferromagnetic_signs, check_structure, nearest_atoms, read_structure
 from .supercell import SAME_DISTANCE, Coverage, Pairs, Supercell, tilts, transverse
-from .symmetry import Pattern, pattern_symmetry, shortest_rotation
+from .symmetry import Pattern, pattern_symmetry, primitive_cell, shortest_rotation
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -20,7 +20,7 @@ from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
-from .orders import CollinearOrder, collinear_orders
+from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept
 from .protocol import (
     SMALLEST_MOMENT,
     ZERO_MOMENT,
@@ -424,7 +424,10 @@ class Relaxation(Property):
                 (), found.residual, "eV/µB", "largest magnetic force left on what was relaxed of the moments"
             ),
             "order_kept": variable(
-                (), float(_kept(start, moments_of(found.atoms))), "1", "1 where no moment vanished or turned over"
+                (),
+                float(order_is_kept(start, moments_of(found.atoms))),
+                "1",
+                "1 where no moment vanished or turned over",
             ),
             "step_energy": variable("step", path["energy"] / n, "eV/atom", "energy of each step"),
             "step_force": variable("step", path["force"], "eV/Å", "largest force of each step"),
@@ -465,7 +468,7 @@ class Relaxation(Property):
             scalars["volume"][k] = found.atoms.get_volume() / n
             scalars["moment"][k] = lengths[carrying].mean() if carrying.any() else 0.0
             scalars["net"][k] = np.linalg.norm(reached.sum(axis=0)) / n
-            scalars["kept"][k] = _kept(moments_of(order.atoms), reached)
+            scalars["kept"][k] = order_is_kept(moments_of(order.atoms), reached)
             cells[k], positions[k, :n], moments[k, :n] = found.atoms.cell[:], found.atoms.positions, reached
         progress("orders", count, count)
         if all(failures):
@@ -530,17 +533,12 @@ class Relaxation(Property):
         return plot_relax(dataset)
 
 
-def _kept(start: Array, reached: Array) -> bool:
-    """Say whether every moment that was there still is, on the same side."""
-    lengths = np.linalg.norm(start, axis=1)
-    carrying = lengths > ZERO_MOMENT
-    along = np.einsum("ix,ix->i", start[carrying], reached[carrying]) / lengths[carrying]
-    return bool((along > SMALLEST_MOMENT).all())
-
-
 def _with_ranks(dataset: xr.Dataset, symprec: float, mag_symprec: float) -> xr.Dataset:
     """Sort the orders by energy, and add the energy above the best and the space groups."""
-    dataset = dataset.isel(order=np.argsort(np.nan_to_num(dataset["energy"].values, nan=np.inf), kind="stable"))
+    energies = np.nan_to_num(dataset["energy"].values, nan=np.inf)
+    # an order that lost itself ends in the state of another, which then is the one to name
+    energies = energies + SAME_ENERGY * (1 - np.nan_to_num(dataset["order_kept"].values))
+    dataset = dataset.isel(order=np.argsort(energies, kind="stable"))
     above = 1e3 * (dataset["energy"].values - dataset["energy"].values[0])
     dataset["above"] = variable("order", above, "meV/atom", "energy above the best order")
     if "energy_member" in dataset:

@@ -7,7 +7,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import spglib
 import xarray as xr
 from ase import Atoms
 from numpy.typing import NDArray
@@ -21,12 +20,11 @@ from .protocol import (
     ZERO_MOMENT,
     MomentMode,
     SpinCalculator,
-    bare,
     minimise,
     moments_of,
     with_moments,
 )
-from .symmetry import Pattern, band_path, pattern_symmetry
+from .symmetry import Pattern, band_path, pattern_symmetry, primitive_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,36 +95,6 @@ class Waves:
     q: Array
     position: Array
     labels: list[tuple[str, float]]
-
-
-def primitive_cell(atoms: Atoms, moments: Array, symprec: float, mag_symprec: float) -> tuple[Atoms, Array]:
-    """Return the smallest cell that repeats the crystal with its moments.
-
-    Parameters
-    ----------
-    atoms : the structure.
-    moments : in µB, shape (N, 3), or along their common axis, shape (N,).
-    symprec, mag_symprec : tolerances in Å and µB.
-
-    Returns
-    -------
-    The cell, in the orientation of the structure, and its moments, shape (n, 3) or (n,).
-    """
-    kinds: list[tuple[int, Array]] = []
-    types = []
-    for number, moment in zip(atoms.numbers, moments, strict=True):
-        match = [k for k, (z, m) in enumerate(kinds) if z == number and np.abs(m - moment).max() <= mag_symprec]
-        if not match:
-            kinds.append((int(number), moment))
-            match = [len(kinds) - 1]
-        types.append(match[0] + 1)
-    cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
-    found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
-    if found is None or len(found[2]) == len(atoms):
-        return bare(atoms), moments
-    lattice, scaled, types = found
-    small = Atoms([kinds[t - 1][0] for t in types], scaled_positions=scaled, cell=lattice, pbc=True)
-    return small, np.array([kinds[t - 1][1] for t in types])
 
 
 class SpinSpiral(Property):

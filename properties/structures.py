@@ -427,6 +427,8 @@ def _lengths(atoms: Atoms, calculator: SpinCalculator, table: Mapping[str, float
 
 
 def _guess(atoms: Atoms, calculator: SpinCalculator, lengths: Array, order: str, source: str) -> Start:
+    # a table may hold signs, which say nothing about an order that is asked for by name
+    lengths = np.abs(lengths)
     signs = np.ones(len(atoms)) if order == "fm" else antiferromagnetic_signs(atoms, lengths)
     guessed = check_structure(with_moments(atoms, signs * lengths), calculator)
     return Start(guessed, f"{order} guess along z with {source}", order)

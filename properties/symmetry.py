@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 
 from .errors import OptionError, StructureError
+from .protocol import bare
 
 Array = NDArray[np.float64]
 
@@ -82,6 +84,36 @@ class PatternSymmetry:
     frame: Array
 
 
+def primitive_cell(atoms: Atoms, moments: Array, symprec: float, mag_symprec: float) -> tuple[Atoms, Array]:
+    """Return the smallest cell that repeats the crystal with its moments.
+
+    Parameters
+    ----------
+    atoms : the structure.
+    moments : in µB, shape (N, 3), or along their common axis, shape (N,).
+    symprec, mag_symprec : tolerances in Å and µB.
+
+    Returns
+    -------
+    The cell, in the orientation of the structure, and its moments, shape (n, 3) or (n,).
+    """
+    kinds: list[tuple[int, Array]] = []
+    types = []
+    for number, moment in zip(atoms.numbers, moments, strict=True):
+        match = [k for k, (z, m) in enumerate(kinds) if z == number and np.abs(m - moment).max() <= mag_symprec]
+        if not match:
+            kinds.append((int(number), moment))
+            match = [len(kinds) - 1]
+        types.append(match[0] + 1)
+    cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
+    found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    if found is None or len(found[2]) == len(atoms):
+        return bare(atoms), moments
+    lattice, scaled, types = found
+    small = Atoms([kinds[t - 1][0] for t in types], scaled_positions=scaled, cell=lattice, pbc=True)
+    return small, np.array([kinds[t - 1][1] for t in types])
+
+
 def pattern_symmetry(atoms: Atoms, signs: Array, symprec: float, mag_symprec: float) -> PatternSymmetry:
     """Find the symmetry of the energy of a collinear pattern as a function of its direction.
 
@@ -95,8 +127,10 @@ def pattern_symmetry(atoms: Atoms, signs: Array, symprec: float, mag_symprec: fl
     ------
     StructureError : spglib finds no symmetry at this tolerance.
     """
-    lattice = atoms.cell[:]
-    cell = (lattice, atoms.get_scaled_positions(), atoms.numbers, np.asarray(signs, dtype=float))
+    # a supercell keeps only those rotations that map its own lattice onto itself
+    small, along = primitive_cell(atoms, np.asarray(signs, dtype=float), symprec, mag_symprec)
+    lattice = small.cell[:]
+    cell = (lattice, small.get_scaled_positions(), small.numbers, along)
     found = spglib.get_magnetic_symmetry(cell, symprec=symprec, mag_symprec=mag_symprec, is_axial=False)
     if found is None:
         raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
@@ -105,7 +139,7 @@ def pattern_symmetry(atoms: Atoms, signs: Array, symprec: float, mag_symprec: fl
     rotations = np.array([to_cartesian @ w @ np.linalg.inv(to_cartesian) for w in integer])
     primitive = spglib.standardize_cell(cell[:3], to_primitive=True, no_idealize=True, symprec=symprec)
     basis = lattice if primitive is None else np.asarray(primitive[0])
-    system, frame = _frame(rotations, basis)
+    system, frame = _frame(rotations, basis, atoms.cell[:])
     return PatternSymmetry(rotations, system, frame)
 
 
@@ -134,20 +168,46 @@ def _positive(axis: Array) -> Array:
     return axis / np.linalg.norm(axis) * np.sign(axis[leading])
 
 
-def _shortest_along(axis: Array, basis: Array, perpendicular: bool = False) -> tuple[float, Array]:
-    """Return length and direction of the shortest lattice vector along an axis, or perpendicular to it."""
+def _sense(axis: Array, cell: Array) -> Array:
+    """Turn an axis so that its first component along vectors of the cell that does not vanish is positive.
+
+    Unlike a sense by Cartesian components it turns with the crystal.
+    """
+    along = cell @ axis / np.linalg.norm(cell, axis=1)
+    return axis * np.sign(along[np.flatnonzero(np.abs(along) > ANGLE)[0]])
+
+
+def _foremost(axes: Sequence[Array], cell: Array) -> Array:
+    """Return the axis that lies closest to the first vector of the cell, or to the next where several do."""
+    signed = [_sense(a, cell) for a in axes]
+    return max(signed, key=lambda a: tuple(np.round(cell @ a, 4)))
+
+
+def _lattice_vectors(basis: Array) -> tuple[Array, Array]:
+    """Return the short vectors of a lattice as unit vectors (V, 3), and their lengths (V,)."""
     grid = np.array([c for c in itertools.product(range(-4, 5), repeat=3) if any(c)])
     vectors = grid @ basis
     lengths = np.linalg.norm(vectors, axis=1)
-    along = np.abs(vectors @ axis) / lengths
-    chosen = along < ANGLE if perpendicular else along > 1 - ANGLE**2
-    if not chosen.any():
-        return np.inf, axis
-    best = np.flatnonzero(chosen)[int(np.argmin(np.round(lengths[chosen], 6)))]
-    return float(lengths[best]), vectors[best] / lengths[best]
+    return vectors / lengths[:, None], np.round(lengths, 4)
 
 
-def _frame(rotations: Array, basis: Array) -> tuple[str, Array]:
+def _period(axis: Array, basis: Array) -> float:
+    """Return the length of the shortest lattice vector along an axis, infinite where there is none."""
+    vectors, lengths = _lattice_vectors(basis)
+    return float(lengths[np.abs(vectors @ axis) > 1 - ANGLE**2].min(initial=np.inf))
+
+
+def _shortest_across(axis: Array, basis: Array, cell: Array) -> Array:
+    """Return the direction of the shortest lattice vector perpendicular to an axis."""
+    vectors, lengths = _lattice_vectors(basis)
+    across = np.abs(vectors @ axis) < ANGLE
+    if not across.any():
+        return axis
+    return _foremost(list(vectors[across & (lengths == lengths[across].min())]), cell)
+
+
+def _frame(rotations: Array, basis: Array, cell: Array) -> tuple[str, Array]:
+    """Return the system of a point group and its axes: lengths count in the basis, senses are those of the cell."""
     axes = _axes(rotations)
     if len(axes[3]) == 4:
         cubic = axes[4] if len(axes[4]) == 3 else axes[2][:3]
@@ -156,21 +216,19 @@ def _frame(rotations: Array, basis: Array) -> tuple[str, Array]:
         return "cubic", _right_handed(np.array(rows))
     for order_, system in ((6, "hexagonal"), (4, "tetragonal"), (3, "trigonal")):
         if len(axes[order_]) == 1:
-            z = axes[order_][0]
+            z = _sense(axes[order_][0], cell[::-1])
             candidates = [a for a in axes[2] if abs(a @ z) < ANGLE]
-            if candidates:
-                lengths = [round(_shortest_along(a, basis)[0], 4) for a in candidates]
-                x = candidates[int(np.lexsort(([-abs(a[0]) for a in candidates], lengths))[0])]
-            else:
-                x = _shortest_along(z, basis, perpendicular=True)[1]
-            return system, _completed(x, z)
+            if not candidates:
+                return system, _completed(_shortest_across(z, basis, cell), z)
+            periods = [_period(a, basis) for a in candidates]
+            shortest = [a for a, period in zip(candidates, periods, strict=True) if period == min(periods)]
+            return system, _completed(_foremost(shortest, cell), z)
     if len(axes[2]) == 3:
-        lengths = [round(_shortest_along(a, basis)[0], 4) for a in axes[2]]
-        rows = [axes[2][k] for k in np.argsort(lengths, kind="stable")]
+        rows = [axes[2][k] for k in np.argsort([_period(a, basis) for a in axes[2]], kind="stable")]
         return "orthorhombic", _right_handed(np.array(rows))
     if len(axes[2]) == 1:
-        z = axes[2][0]
-        return "monoclinic", _completed(_shortest_along(z, basis, perpendicular=True)[1], z)
+        z = _sense(axes[2][0], cell[::-1])
+        return "monoclinic", _completed(_shortest_across(z, basis, cell), z)
     return "triclinic", _completed(basis[0] / np.linalg.norm(basis[0]), np.cross(basis[0], basis[1]))
 
 
@@ -392,4 +450,4 @@ def lattice_frame(atoms: Atoms, rotations: Array, symprec: float) -> tuple[str, 
     for rotation in rotations:
         if not any(np.abs(rotation - other).max() < ANGLE for other in distinct):
             distinct.append(rotation)
-    return _frame(np.array(distinct), atoms.cell[:] if primitive is None else np.asarray(primitive[0]))
+    return _frame(np.array(distinct), atoms.cell[:] if primitive is None else np.asarray(primitive[0]), atoms.cell[:])

@@ -10,18 +10,19 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io.jsonio import decode
 from mmace_props import curie
-from mmace_props.base import write_dataset
+from mmace_props.base import silent, write_dataset
 from mmace_props.curie import Curie, measured_temperature, spirit_is_installed, spirit_walk
 from mmace_props.errors import CalculatorError, MomentError, OptionError
 from mmace_props.exchange import Exchange
 from mmace_props.export import spin_table, spirit
 from mmace_props.journal import Journal
 from mmace_props.protocol import SpinCalculator, with_moments
+from mmace_props.relax import Relaxation
 from mmace_props.sampling import Walkers, statistics
 from mmace_props.supercell import Supercell
 
 from .test_suite_protocol import EnergyToy
-from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs
+from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Uniaxial
 
 BOLTZMANN = 8.617333262e-5
 J, M = 3e-3, 2.0
@@ -206,6 +207,54 @@ def test_antiferromagnets_order_by_their_signs():
     assert data.attrs["measured"] == "CrN"
     assert float(data["tc_measured"]) == 280
     assert data["run_atoms"].values.tolist() == [16]
+
+
+@pytest.mark.parametrize("second", [2.2, 2.0])
+def test_sites_that_relax_to_one_count_as_one(second):
+    """The cell is primitive for the moments that are sampled, whatever they began with."""
+    model = CapableToy(Landau(0.08, 0.01, (26,)), Heisenberg(4e-3, 2.6), soc=False)
+    atoms = with_moments(bulk("Fe", cubic=True, a=2.85), [2.2, second])
+    options = {"ways": ("directions",), "sizes": (2,), "trajectories": 8, "steps": 1, "temperatures": (300.0,)}
+    data = Curie(**options, radius=3.0, moments="magnitudes").run(atoms, model)
+    assert data["run_atoms"].values.tolist() == [8]
+
+
+def test_orders_that_lose_themselves_do_not_win():
+    """A small moment that follows the large ones ends on their side, in a larger cell with the ferromagnet's energy."""
+    atoms = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9] * 3, pbc=True)
+    atoms = with_moments(atoms, [2.0, 0.1])
+    options = {"orders": "auto", "moments": "magnitudes", "max_orders": 30}
+    for terms in ((), (Springs(3.0, 2.511, 2.7),), (Springs(2.3, 2.48, 2.7),)):
+        model = CapableToy(Landau(0.08, 0.01, (26,)), Heisenberg(4e-3, 3.0), *terms, soc=False)
+        order, ahead = Curie(**options)._lowest(atoms, [SpinCalculator(model)], silent)
+        assert order.name == "fm"
+        assert ahead > 1e-3
+    model = CapableToy(Landau(0.08, 0.01, (26,)), Heisenberg(4e-3, 3.0), soc=False)
+    assert Relaxation(cell="fixed", **options).run(atoms, model).attrs["best_order"] == "fm"
+
+
+def test_default_temperatures_are_apart_however_weak_the_exchange():
+    """Seven temperatures between half and nearly twice the mean-field estimate, at 2 K as at 2000."""
+    for strength in (3e-6, 3e-3):
+        options = {"ways": ("directions",), "sizes": (1,), "trajectories": 8, "steps": 1, "radius": 2.6}
+        found = Curie(**options).run(cubic(), CapableToy(Heisenberg(strength, 2.5), soc=False))
+        np.testing.assert_allclose(
+            found["temperature"], float(found["tc_mean_field"]) * np.array(curie.AUTO), rtol=0.01
+        )
+
+
+@needs_spirit
+@pytest.mark.parametrize("axis", [(0, 0, 1.0), (1.0, 0, 0)])
+def test_spirit_starts_from_the_reference(axis):
+    """Without heat the energy stays that of the reference along its easy axis, whichever that is."""
+    a, c = 2.4, 2.45
+    cell = [[a, 0, 0], [0, a, 0], [0, 0, c]] if axis[2] else [[0, a, 0], [0, 0, a], [c, 0, 0]]
+    atoms = with_moments(Atoms("Fe", cell=cell, pbc=True), [M * np.array(axis)])
+    exchange = Exchange(states=0, points=5, mesh=4, radius=2.6, moments="fixed").run(
+        atoms, CapableToy(Heisenberg(J, 2.5), Uniaxial(5e-3), soc=True)
+    )
+    energy = spirit_walk(exchange, 3, 1e-6, 8, 1)["energy"]
+    assert np.abs(energy).max() / 27 < 1e-6
 
 
 def test_the_lowest_order_is_the_reference():

@@ -14,7 +14,7 @@ from mmace_props.conventions import GPA, MJ_PER_M3
 from mmace_props.elastic import Elastic, Expansion, averages, christoffel, debye_temperature
 from mmace_props.errors import ConvergenceError, OptionError
 from mmace_props.protocol import STENCIL, SpinCalculator, strained, voigt_strain, with_moments
-from mmace_props.stiffness import birch, lagrangian, to_tensor, to_voigt
+from mmace_props.stiffness import birch, lagrangian, to_tensor, to_voigt, voigt_rotation
 from mmace_props.structures import read_structure
 from pymatgen.core import Lattice, Structure
 from pymatgen.core.elasticity import ElasticTensor
@@ -460,6 +460,81 @@ def test_moments_that_follow_change_the_magnetoelastic_coupling():
         np.testing.assert_allclose(tensor[v], unit * np.diag([-1 / 3, -1 / 3, 2 / 3]), rtol=1e-4, atol=1e-4 * unit)
     assert np.abs(tensor[3:]).max() < 1e-6 * unit
     assert np.abs(dataset["magnetoelastic_tensor"].sel(level="ions").values / MJ_PER_M3).max() < 1e-6 * unit
+
+
+def hexagonal():
+    return with_moments(bulk("Fe", "hcp", a=2.6, c=4.2), np.outer([M0, M0], [1.0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    "atoms", [with_moments(bulk("Fe", "fcc", a=3.5), [M0 / 3**0.5 * np.ones(3)]), hexagonal()], ids=["fcc 111", "hcp x"]
+)
+def test_magnetoelastic_tensor_is_written_in_the_axes_of_the_constants(atoms):
+    """``frame`` takes T back to Cartesian stresses of moments along any direction, whatever that of the state."""
+    exchange, dipolar = Heisenberg(2e-3, 3.0, 1.0, 2.6), PseudoDipolar(4e-5, 3.0, 2.0, 2.6)
+    toy = CapableToy(Morse(cutoff=6.0), Landau(0.08, 0.01), exchange, dipolar)
+    dataset = Elastic(moments="magnitudes", relax="ions", finite_strain=False).run(atoms, toy)
+    frame, tensor = dataset["frame"].values, dataset["magnetoelastic_tensor"].sel(level="clamped").values / MJ_PER_M3
+    state = atoms.copy()
+    state.set_cell(dataset["cell"].values)
+    state.positions = dataset["positions"].values
+    lengths = np.linalg.norm(dataset["moments"].values, axis=1)
+    spins = SpinCalculator(toy)
+    stresses, expected = [], []
+    for n in np.array([[0, 0, 1.0], [1.0, 0, 0], [0.6, 0.48, 0.64], [0, 0.8, -0.6]]):
+        stresses.append(spins.stress(state, np.outer(lengths, n)))
+        inside = np.einsum("x,vxy,y->v", frame @ n, tensor, frame @ n)
+        expected.append(voigt_rotation(frame.T) @ inside)
+    stresses, expected = np.diff(stresses, axis=0), np.diff(expected, axis=0)
+    np.testing.assert_allclose(expected, stresses, atol=1e-5 * np.abs(stresses).max())
+    assert dataset.attrs["system"] != "cubic"
+
+
+@pytest.mark.parametrize("soc", [False, True])
+def test_a_supercell_has_the_constants_of_its_crystal(soc):
+    """Its lattice keeps fewer rotations than the crystal, which is no less cubic for that."""
+    near = 3.5 / np.sqrt(2)
+    toy = CapableToy(
+        Morse(cutoff=5.0), Landau(0.08, 0.01), Heisenberg(1e-3, 3.0, 1.0, near), PseudoDipolar(2e-5, 3.0, 2.0, near)
+    ).replace(soc=soc)
+    small = with_moments(bulk("Fe", "fcc", a=3.5), [[0, 0, M0]])
+    options = {"moments": "magnitudes", "relax": "none", "finite_strain": False}
+    one, two = (Elastic(**options).run(x, toy) for x in (small, small.repeat((2, 1, 1))))
+    assert two.attrs["system"] == one.attrs["system"]
+    assert two.attrs["rotations"] == one.attrs["rotations"]
+    np.testing.assert_allclose(two["C_lattice"], one["C_lattice"], atol=1e-6)
+    if soc:
+        for key in ("B1", "B2", "lambda100", "lambda111"):
+            np.testing.assert_allclose(two[key], one[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cell", "odd"),
+    [
+        ([[1.5, 0.866, 2.3], [-1.5, 0.866, 2.3], [0, -1.732, 2.3]], (0, 3)),
+        ([[3.0, 0, 0], [0.35, 2.6, 0], [0, 0, 3.3]], (0, 5)),
+    ],
+    ids=["trigonal", "monoclinic"],
+)
+def test_signs_of_constants_turn_with_the_crystal(cell, odd):
+    """C14 of trigonal and C16 of monoclinic crystals have signs that the cell decides, and no Cartesian axis."""
+    found = []
+    for vector in ([0, 0, 0], [0, 0, np.pi], [0, 0, np.pi / 3], [np.pi, 0, 0], [0.4, 0.9, -0.3], [1.4, -0.9, 2.3]):
+        atoms = still(Atoms("Fe", cell=cell @ Rotation.from_rotvec(vector).as_matrix().T, pbc=True))
+        dataset = Elastic(relax="none", finite_strain=False).run(atoms, CapableToy(Morse()))
+        found.append(dataset["C_lattice"].values[0])
+    assert abs(found[0][odd]) > 0.5
+    np.testing.assert_allclose(found, np.broadcast_to(found[0], (6, 6, 6)), atol=1e-6)
+
+
+@pytest.mark.parametrize("moment", [2.0, 2.01])
+def test_moments_that_turn_at_no_cost_and_are_moved_by_strain_give_no_constants(moment):
+    """The energy of the cubic crystal is the same for all directions, and a shear decides between them."""
+    near = 3.5 / np.sqrt(2)
+    toy = CapableToy(Morse(), Landau(0.08, 0.01), Heisenberg(1e-3, 3.0, 1.0, near), PseudoDipolar(2e-5, 3.0, 2.0, near))
+    atoms = with_moments(bulk("Fe", "fcc", a=3.5), [moment * np.array([1.0, 1.0, 0]) / np.sqrt(2)])
+    with pytest.raises(ConvergenceError, match="nothing follows"):
+        Elastic(moments="full", relax="none", finite_strain=False).run(atoms, toy)
 
 
 def test_averages_are_those_of_pymatgen():

@@ -46,6 +46,16 @@ def quick(**options):
     return Exchange(**{"states": 0, "points": 11, "mesh": 8, **options})
 
 
+@pytest.mark.parametrize("cell", [(2.4, 2.4, 6.0), (2.4, 6.0, 6.0)], ids=["layer", "chain"])
+def test_no_temperature_of_layers_and_chains(cell):
+    """Their RPA average has no end (Mermin and Wagner), which no mesh may hide."""
+    atoms = with_moments(Atoms("Fe", cell=cell, pbc=True), [[0, 0, 2.0]])
+    data = Exchange(states=0, points=5, radius=2.6).run(atoms, CapableToy(Heisenberg(4e-3, 2.5), soc=False))
+    assert np.isfinite(float(data["tc_mean_field"]))
+    assert np.isnan(float(data["tc_rpa"]))
+    assert "does not converge with the mesh" in data.attrs["note"]
+
+
 @pytest.mark.parametrize(("lattice", "neighbours", "a"), [("sc", 6, 2.4), ("bcc", 8, 2.8), ("fcc", 12, 3.5)])
 def test_bravais_ferromagnets(lattice, neighbours, a):
     """J of each shell, Σ J, mean-field and RPA temperatures (Watson's integrals), and the stiffness."""

@@ -281,6 +281,18 @@ def test_orders_do_not_depend_on_the_cell_given():
         assert np.all(moments[:, 1:] == 0)
 
 
+def test_orders_do_not_depend_on_rounding():
+    """Lengths within mag_symprec are one, as they are where the cell given is a supercell."""
+    cobalt, axis = bulk("Co", "hcp", a=2.5, c=4.07), np.array([0, 0, 1.0])
+    expected = [o.name for o in collinear_orders(cobalt, np.array([1.6, 1.6]), axis, 2, 100, 1e-3, 1e-2)]
+    for atoms, lengths in ((cobalt, [1.6, 1.604]), (cobalt.repeat((1, 1, 2)), [1.6, 1.604] * 2)):
+        assert [o.name for o in collinear_orders(atoms, np.array(lengths), axis, 2, 100, 1e-3, 1e-2)] == expected
+    many = bulk("Fe", a=2.85).repeat((3, 3, 2))
+    many.numbers = np.arange(21, 39)
+    with pytest.raises(OptionError, match="the crystal has 18 magnetic sites, too many orders to try"):
+        collinear_orders(many, np.full(18, 2.0), axis, 1, 100, 1e-3, 1e-2)
+
+
 @pytest.mark.parametrize("J", [2e-3, -2e-3])
 def test_ranking_of_a_heisenberg_magnet(J):
     """fcc with one J: bonds counted by hand give 0, 12, 12 and 16 J m² above the ferromagnet."""

@@ -8,7 +8,8 @@ from ase.build import bulk
 from mmace_props.base import write_dataset
 from mmace_props.errors import CalculatorError, MomentError, OptionError
 from mmace_props.protocol import SpinCalculator, with_moments
-from mmace_props.spiral import SpinSpiral, name_of, primitive_cell, wave_classes
+from mmace_props.spiral import SpinSpiral, name_of, wave_classes
+from mmace_props.symmetry import primitive_cell
 
 from .toys import DMI, CapableToy, CommitteeToy, Heisenberg, Landau, Toy
 

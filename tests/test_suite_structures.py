@@ -258,6 +258,11 @@ def test_orders_and_where_they_came_from():
     table = start_structure(iron, spin, order="fm", table={"Fe": 1.8})
     np.testing.assert_array_equal(moments_of(table.atoms)[:, 2], [1.8, 1.8])
     assert "Fe 1.8" in table.origin
+    signed = bulk("Fe", cubic=True, a=2.83)
+    signed.symbols[1] = "Cr"
+    for order, along in (("fm", [2.0, 1.0]), ("afm", [2.0, -1.0])):
+        named = start_structure(signed, spin, order=order, table={"Fe": 2.0, "Cr": -1.0})
+        np.testing.assert_array_equal(moments_of(named.atoms)[:, 2], along)
     given = start_structure(with_moments(iron, [[1, 0, 1], [0, 1, 0]]), spin)
     assert given.order == "given"
     np.testing.assert_array_equal(moments_of(given.atoms), [[1, 0, 1], [0, 1, 0]])
