@@ -78,6 +78,8 @@ class Options:
         for name in ("symprec", "mag_symprec"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"the option {name} must be positive")
+        if getattr(self, "seed", 0) < 0:
+            raise OptionError("the option seed cannot be negative")
 
 
 def _plain(value: Any) -> Any:
@@ -310,7 +312,7 @@ def _of_members(
     for k, member in enumerate(members):
         prefix = f"member {k + 1}/{len(members)}, " if len(members) > 1 else ""
         try:
-            parts.append(prop.compute(atoms, member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
+            parts.append(prop.compute(atoms.copy(), member, lambda s, d, t, p=prefix: progress(p + s, d, t)))  # type: ignore[misc]
         except (OptionError, StructureError):
             raise
         except PropertyError as error:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from .base import Options, Progress, Property, Row, as_json, load_property, plugins, write_dataset
 from .errors import CalculatorError, OptionError, PropertyError, did_you_mean
-from .files import check_writable
+from .files import check_dataset_place, check_writable
 from .journal import Journal
 from .protocol import MODES, SpinCalculator, moments_of
 from .provenance import magnetic_space_group
@@ -225,9 +225,14 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     prop = kind(moments=mode, **named)
     source = _source(args.structure, kind, prop)
     output = Path(args.output if args.output is not None else f"{Path(source).stem}_{kind.name}.nc")
-    check_writable(output)
+    others = {"the structure": source, "the file of the moments": moments_file or ""}
+    others |= {f"the file of --{k}": str(v) for k in ("write", "source") if (v := getattr(prop.options, k, ""))}
+    check_dataset_place(output, others)
     if args.plot is not None:
         from .plot import check_format
+
+        if type(prop).plot is Property.plot:
+            raise OptionError(f"{kind.name} has no plot; leave --plot out")
 
         check_format(args.plot)
         check_writable(args.plot)
@@ -336,7 +341,10 @@ def load_calculator(factory: str, model: str, soc: bool, moments: str, device: s
         public = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise CalculatorError(f"'{place}' has no function '{function}'{did_you_mean(function, public)}")
     try:
-        return SpinCalculator(make(model=model, soc=soc, moments=moments, device=device, dtype=dtype))
+        made = make(model=model, soc=soc, moments=moments, device=device, dtype=dtype)
+        if not hasattr(made, "get_property"):
+            raise CalculatorError(f"'{factory}' made {type(made).__name__!r}, which is no ASE calculator")
+        return SpinCalculator(made)
     except PropertyError:
         raise
     except Exception as error:

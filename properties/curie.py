@@ -105,6 +105,8 @@ class CurieOptions(Options):
         super().__post_init__()
         if any(t <= 0 for t in self.temperatures) or list(self.temperatures) != sorted(set(self.temperatures)):
             raise OptionError("temperatures must be positive, rising and distinct, in K")
+        if len(set(self.ways)) < len(self.ways):
+            raise OptionError("ways holds one twice; name each once")
         for name in ("sizes", "model_sizes"):
             sizes = getattr(self, name)
             if not sizes or list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= 100:

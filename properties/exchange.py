@@ -259,7 +259,10 @@ class Exchange(Property):
             ),
             "shell_distance": variable("shell", np.array([s.distance for s in shells]), "Å", "distance of the shell"),
             "shell_count": variable(
-                ("shell", "end"), np.array([s.count for s in shells]), "1", "neighbours of one atom of either end"
+                ("shell", "end"),
+                np.array([s.count for s in shells]).reshape(-1, 2),
+                "1",
+                "neighbours of one atom of either end",
             ),
             "shell_pair": variable("shell", np.array([s.label for s in shells]), "1", "elements of the shell"),
             "shell_cosine": variable(

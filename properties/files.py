@@ -2,11 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
+
+DATASETS = (b"\x89HDF", b"CDF")
+"""How netCDF files begin."""
 
 
 def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
@@ -30,6 +33,29 @@ def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def check_dataset_place(path: str | Path, others: Mapping[str, str | Path]) -> None:
+    """Check that a dataset can be written at a place, and that it replaces nothing but a dataset.
+
+    Parameters
+    ----------
+    path : of the dataset.
+    others : files that the same command reads or writes, by what they are.
+
+    Raises
+    ------
+    OutputError : the place cannot be written, or holds something else.
+    """
+    check_writable(path)
+    target = Path(path)
+    for what, other in others.items():
+        if other and Path(other).resolve() == target.resolve():
+            raise OutputError(f"'{path}' is {what} already; name another file for the dataset")
+    if target.is_file() and target.stat().st_size:
+        with target.open("rb") as file:
+            if not file.read(4).startswith(DATASETS):
+                raise OutputError(f"'{path}' is there and is no dataset; name another file, or remove it")
 
 
 def check_writable(path: str | Path) -> None:

@@ -498,6 +498,8 @@ def check_folder(folder: str | Path) -> None:
     parent = target.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the directory '{target.parent}' of the folder '{folder}' does not exist; make it first")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise OutputError(f"'{folder}' is the working directory or above it; name a folder of its own")
     if target.exists():
         others = (
             [p.name for p in target.rglob("*") if p.name not in FILES and not p.is_dir()] if target.is_dir() else [""]
@@ -505,6 +507,9 @@ def check_folder(folder: str | Path) -> None:
         if others:
             what = f"holds '{others[0]}'" if others[0] else "is a file"
             raise OutputError(f"'{folder}' {what}; name a new folder for phonopy's files")
+        missing = [name for name in FILES if not (target / name).exists()]
+        if missing and any(target.iterdir()):
+            raise OutputError(f"'{folder}' holds files of phonopy, but not of this command; name a new folder")
     try:
         with tempfile.TemporaryDirectory(dir=parent):
             pass

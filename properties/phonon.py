@@ -15,9 +15,10 @@ from phonopy.qha.eos import get_eos
 from scipy.optimize import least_squares, linear_sum_assignment
 
 from .base import Options, Progress, Property, Row, option, spread_of, variable
-from .errors import MomentError, OptionError, StructureError
+from .errors import MomentError, OptionError, OutputError, StructureError
 from .files import check_writable, write_whole
 from .lattice import (
+    FILES,
     METHODS,
     Lattice,
     Method,
@@ -191,7 +192,10 @@ class Phonon(Property):
         if self.options.phonopy:
             check_folder(self.options.phonopy)
         elif self.options.source:
-            check_writable(Path(self.options.source).parent / "FORCE_SETS")
+            forces = Path(self.options.source).parent / FILES[1]
+            check_writable(forces)
+            if forces.exists():
+                raise OutputError(f"'{forces}' is there already; move it away, or name a folder with phonopy")
         carrying = bool(np.linalg.norm(moments_of(atoms), axis=1).max() > ZERO_MOMENT)
         random = self.options.paramagnetic > 0
         if self.options.second == "pm" and not random:
@@ -559,7 +563,7 @@ class Phonon(Property):
                     phonons[f"member-{k + 1}"] = restored(*values)
             write_files(phonons, self.options.phonopy)
         elif self.options.source:
-            write_whole(Path(self.options.source).parent / "FORCE_SETS", lambda path: write_force_sets(mean, path))
+            write_whole(Path(self.options.source).parent / FILES[1], lambda path: write_force_sets(mean, path))
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return extremes, thermal properties and shifts as a short table."""

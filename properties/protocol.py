@@ -81,7 +81,7 @@ def vectors(moments: ArrayLike, n_atoms: int) -> Array:
     ------
     MomentError : wrong shape, or a value that is not finite.
     """
-    array = np.asarray(moments, dtype=float)
+    array = np.array(moments, dtype=float)
     if array.shape == (n_atoms,):
         array = np.stack([np.zeros(n_atoms), np.zeros(n_atoms), array], axis=1)
     if array.shape != (n_atoms, 3):
@@ -290,7 +290,10 @@ class SpinCalculator:
     def _property(self, name: str, atoms: Atoms, moments: Array) -> Array:
         def ask() -> Part:
             with _asking(name):
-                return {name: np.asarray(self.calculator.get_property(name, copy), dtype=float)}
+                found = np.asarray(self.calculator.get_property(name, copy), dtype=float)
+            if not np.isfinite(found).all():
+                raise errors.CalculatorError(f"the calculator gives {name} that are not finite numbers")
+            return {name: found}
 
         copy = with_moments(atoms, moments)
         return self.part(name, {"atoms": copy}, ask)[name]

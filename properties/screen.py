@@ -30,7 +30,7 @@ from .cli import (
     progress_bar,
 )
 from .errors import OptionError, PropertyError
-from .files import check_writable, write_whole
+from .files import check_dataset_place, check_writable, write_whole
 from .journal import Journal, fingerprint
 from .protocol import SpinCalculator
 from .provenance import attribute, versions
@@ -212,13 +212,13 @@ def screen(
     OptionError : options that name one place for all structures, or engines that are not there.
     """
     _check_options(setup.options)
-    Path(folder).mkdir(exist_ok=True)
-    for torn in Path(folder).glob(".*.nc"):
-        torn.unlink()
     found: dict[str, Outcome] = {}
     tasks = [joblib.delayed(run_one)(file, setup, str(folder)) for file in files]
     tell("structures", 0, len(files))
     with _engine(jobs, dask) as workers:
+        Path(folder).mkdir(exist_ok=True)
+        for torn in Path(folder).glob(".*.nc"):
+            torn.unlink()
         for outcome in joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks):
             found[outcome.file] = outcome
             tell("structures", len(found), len(files))
@@ -345,18 +345,14 @@ def csv_text(table: xr.Dataset) -> str:
 
 def screen_command(arguments: Sequence[str]) -> int:
     """Run ``mmace-props screen``; return the exit status: 0 where any structure gave a result, else 2."""
-    kind = load_property(_property_name(arguments))
-    parser = Parser(
-        prog="mmace-props screen",
-        description=f"Compute the {kind.title} of many structures.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("structures", nargs="+", metavar="PATH", help="structure files, or directories of them")
-    parser.add_argument("--property", required=True, metavar="NAME", help=", ".join(sorted(plugins())))
-    parser.add_argument("-o", "--output", help=f"netCDF file to write (default: screen_{kind.name}.nc here)")
-    parser.add_argument("--csv", help="the same as comma-separated values (default: beside the output)")
-    parser.add_argument("--jobs", type=int, default=1, help="structures at once (default: 1)")
-    parser.add_argument("--dask", default="", help="'local', or the address of a Dask scheduler (default: neither)")
+    name = _property_name(arguments)
+    if not name and {"-h", "--help"} & set(arguments):
+        _parser("each property").print_help()
+        return 0
+    if not name:
+        raise OptionError(f"name the property to screen with --property ({', '.join(sorted(plugins()))})")
+    kind = load_property(name)
+    parser = _parser(kind.name)
     add_setup(parser, kind)
     args = parser.parse_all(arguments)
     output = Path(args.output or f"screen_{kind.name}.nc")
@@ -392,14 +388,28 @@ def screen_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _parser(name: str) -> Parser:
+    """Return the parser of what every property takes."""
+    parser = Parser(
+        prog="mmace-props screen",
+        description=f"Compute {name} of many structures.",
+        epilog="`mmace-props screen --property NAME -h` shows the options of a property too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("structures", nargs="+", metavar="PATH", help="structure files, or directories of them")
+    parser.add_argument("--property", required=True, metavar="NAME", help=", ".join(sorted(plugins())))
+    parser.add_argument("-o", "--output", help="netCDF file to write (default: screen_NAME.nc here)")
+    parser.add_argument("--csv", help="the same as comma-separated values (default: beside the output)")
+    parser.add_argument("--jobs", type=int, default=1, help="structures at once (default: 1)")
+    parser.add_argument("--dask", default="", help="'local', or the address of a Dask scheduler (default: neither)")
+    return parser
+
+
 def _property_name(arguments: Sequence[str]) -> str:
-    """Return what --property says, before the property's own options are known."""
+    """Return what --property says, before the property's own options are known; empty where it is not given."""
     parser = Parser(prog="mmace-props screen", add_help=False, allow_abbrev=False)
-    parser.add_argument("--property")
-    name = parser.parse_known_args(list(arguments))[0].property
-    if name is None:
-        raise OptionError(f"name the property to screen with --property ({', '.join(sorted(plugins()))})")
-    return str(name)
+    parser.add_argument("--property", default="")
+    return str(parser.parse_known_args(list(arguments))[0].property)
 
 
 def _check_options(named: Mapping[str, Any]) -> None:
@@ -415,7 +425,7 @@ def _check_options(named: Mapping[str, Any]) -> None:
 
 def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Path) -> None:
     """Refuse places that cannot be written and numbers of jobs that make no sense, before anything is computed."""
-    check_writable(output)
+    check_dataset_place(output, {})
     check_writable(table_file)
     if output.resolve() == table_file.resolve():
         raise OptionError("the dataset and the table cannot be the same file; name two")

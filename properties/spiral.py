@@ -119,6 +119,9 @@ class SpinSpiral(Property):
             )
         if self.mode(calculator) == "full":
             raise OptionError("moments relaxed in full would leave the spiral; relax magnitudes, or keep them fixed")
+        if self.options.path != "auto" and (self.options.q or calculator.soc is True):
+            why = "wave vectors are given" if self.options.q else "with spin-orbit coupling they fit supercells"
+            raise OptionError(f"no path is followed where {why}; leave path out, or give wave vectors with q")
         if not calculator.has("evaluate_spirals") and not self.options.q:
             raise CalculatorError(
                 "the calculator has no evaluate_spirals; give commensurate wave vectors with --q, which fit supercells"

@@ -331,7 +331,9 @@ def band_path(
     known, usual = special_points(cell, symprec)
     try:
         found = cell.cell.bandpath(usual if path == "auto" else path, points, special_points=known)
-    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        if not len(found.kpts):
+            raise ValueError
+    except (KeyError, IndexError, ValueError, RuntimeError, AssertionError) as error:
         raise OptionError(
             f"no path '{path}' in this lattice; its points are {', '.join(sorted(known))}, and its path is {usual}"
         ) from error

@@ -157,6 +157,8 @@ def test_help_list_and_version(capsys):
         run("anisotropy", "-h")
     assert stop.value.code == 0
     assert "--expansion" in capsys.readouterr().out
+    assert run("screen", "-h") == 0
+    assert "--property NAME" in capsys.readouterr().out
 
 
 def bad_structures(folder):
@@ -176,6 +178,9 @@ def bad_structures(folder):
     partial = (EXAMPLES / "FeAl.cif").read_text().replace("Al1 Al 0.5 0.5 0.5 1.0", "Al1 Al 0.5 0.5 0.5 0.5")
     (folder / "partial.cif").write_text(partial)
     (folder / "short.txt").write_text("2.2\n2.2\n2.2\n")
+    write(folder / "mine.cif", iron)
+    write(folder / "rows.extxyz", with_moments(iron, [2.2, 2.2]))
+    (folder / "three.py").write_text("def make(**options):\n    return 3\n")
 
 
 GOOD = str(EXAMPLES / "Fe.cif")
@@ -201,6 +206,17 @@ BAD = [
     (["anisotropy", GOOD, "--directions", "many"], "invalid int value"),
     (["anisotropy", GOOD, "--plot", "a.bmp"], "a plot cannot be written as '.bmp'"),
     (["anisotropy", GOOD, "--plot", "x.png", "-o", "x.png"], "cannot be the same file"),
+    (["anisotropy", "mine.cif", "-o", "mine.cif"], "'mine.cif' is the structure already"),
+    (["anisotropy", GOOD, "-o", "mine.cif"], "'mine.cif' is there and is no dataset"),
+    (["anisotropy", GOOD, "--moments", "rows.extxyz", "-o", "rows.extxyz"], "is the file of the moments already"),
+    (["relax", GOOD, "--write", "r.extxyz", "-o", "r.extxyz"], "'r.extxyz' is the file of --write already"),
+    (["exchange", GOOD, "--seed", "-1"], "the option seed cannot be negative"),
+    (["curie", GOOD, "--ways", "moments", "moments"], "ways holds one twice"),
+    (["spiral", GOOD, "--path", "GH,", "--order", "fm"], "no path 'GH,' in this lattice"),
+    (["spiral", GOOD, "--path", "", "--order", "fm"], "no path '' in this lattice"),
+    (["spiral", GOOD, "--path", "GH", "--q", "0", "0", "0.5", "--order", "fm"], "no path is followed where"),
+    (["phonon", GOOD, "--order", "fm", "--phonopy", "."], "'.' is the working directory"),
+    (["anisotropy", GOOD, "--calculator", "three.py:make"], "which is no ASE calculator"),
     (["anisotropy", GOOD, GOOD], "one argument too many"),
     (["anisotropy"], "structure"),
     (["anisotrpy", GOOD], "did you mean 'anisotropy'"),

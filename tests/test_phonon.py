@@ -503,6 +503,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(OutputError, match=r"holds 'notes.txt'"):
         quick(phonopy=str(tmp_path / "full")).run(bcc(), toy())
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "notes.txt"]
+    (tmp_path / "full" / "notes.txt").rename(tmp_path / "full" / "FORCE_SETS")
+    with pytest.raises(OutputError, match="holds files of phonopy, but not of this command"):
+        quick(phonopy=str(tmp_path / "full")).run(bcc(), toy())
+    assert (tmp_path / "full" / "FORCE_SETS").read_text() == "mine"
 
 
 def test_dataset_and_picture_and_table(tmp_path):
@@ -568,6 +572,9 @@ def test_command_line_both_ways(tmp_path, capsys):
         np.testing.assert_allclose(a["moments"].values, [[0, 0, 2.2]] * 2)
     found, _ = bands_by_phonopy(tmp_path, np.array([[0.0, 0.0, 0.5]]))
     assert found.shape == (1, 3)
+    assert main(["phonon", "--from", str(source), *settings, "-o", str(tmp_path / "c.nc")]) == 2
+    assert "FORCE_SETS' is there already" in capsys.readouterr().err
+    (tmp_path / "FORCE_SETS").unlink()
     for arguments, sentence in (
         (["phonon", *settings], "no structure is named"),
         (["phonon", str(tmp_path / "POSCAR"), "--from", str(source), *settings], "leave"),

@@ -35,7 +35,7 @@ from mmace_props.errors import (
 )
 from mmace_props.exchange import Exchange
 from mmace_props.magnon import Magnon
-from mmace_props.protocol import SpinCalculator, with_moments
+from mmace_props.protocol import SpinCalculator, moments_of, with_moments
 from mmace_props.provenance import attribute, magnetic_space_group
 
 from .toys import CapableToy, CommitteeToy, Heisenberg, Landau, Uniaxial
@@ -268,6 +268,30 @@ def test_json_has_no_nan():
     dataset = ScaledEnergy().run(iron(), CapableToy(Heisenberg(2e-3, 3.0)))
     dataset["energy"].values[...] = np.nan
     assert '"value": null' in as_json(dataset, ScaledEnergy().summary(dataset))
+
+
+class SpinFlip(Property):
+    """Turns a moment over in what it is handed, as a plugin may."""
+
+    name = "flip"
+    title = "spin-flip energy"
+
+    def compute(self, atoms, calculator, progress):
+        moments = moments_of(atoms)
+        before = calculator.energy(atoms, moments)
+        moments[1] *= -1
+        atoms.positions += 1.0
+        return xr.Dataset({"flip": variable((), calculator.energy(atoms, moments) - before, "eV", "energy")})
+
+
+def test_what_a_plugin_changes_is_its_own():
+    """The second member sees the structure that the first one saw, and so does the provenance."""
+    atoms = with_moments(bulk("Fe", cubic=True, a=2.85), [2.0, 2.0])
+    committee = CommitteeToy([CapableToy(Heisenberg(j, 2.6), soc=False) for j in (2e-3, 2e-3)])
+    found = SpinFlip().run(atoms, committee)
+    np.testing.assert_allclose(found["flip_member"], 2 * 16 * 2e-3 * 4.0)
+    np.testing.assert_array_equal(moments_of(atoms)[:, 2], [2.0, 2.0])
+    assert "-2" not in str(found.attrs["initial_moments"])
 
 
 def test_our_own_plugins():

@@ -38,6 +38,13 @@ class _Member:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
+def _seed(text: str) -> int:
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError("a seed is a whole number that is not negative")
+    return seed
+
+
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register `mmace train`, `mmace finetune` and `mmace eval`."""
     fit = subparsers.add_parser(
@@ -47,7 +54,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_label_options(fit)
     fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
-    fit.add_argument("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
+    fit.add_argument("--seed", type=_seed, default=0, help="of weights and order (default %(default)s)")
     fit.add_argument("--members", type=int, default=1, help="train a committee, one model for each of so many seeds")
     fit.set_defaults(run=_train)
 
@@ -60,7 +67,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     _add_label_options(tune)
     tune.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: the model's own, ten times slower)")
     tune.add_argument("--part", choices=PARTS, help="weights to change (default: the recipe's choice, or all)")
-    tune.add_argument("--seed", type=int, default=0, help="of the order of labels (default %(default)s)")
+    tune.add_argument("--seed", type=_seed, default=0, help="of the order of labels (default %(default)s)")
     tune.add_argument("--replay", nargs="+", metavar="FILE", default=[], help="labels that must not be forgotten")
     tune.add_argument("--replay-splits", nargs="+", metavar="FILE", help="replay the training parents of these alone")
     tune.add_argument(
