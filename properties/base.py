@@ -206,6 +206,10 @@ class Property(ABC):
         """Restore what averaging over members does not keep, such as the length of an axis."""
         return dataset
 
+    def written(self) -> list[str]:
+        """Return what the property writes beside its dataset, as its options say."""
+        return []
+
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return the short table of a dataset."""
         return [

@@ -226,7 +226,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     source = _source(args.structure, kind, prop)
     output = Path(args.output if args.output is not None else f"{Path(source).stem}_{kind.name}.nc")
     others = {"the structure": source, "the file of the moments": moments_file or ""}
-    others |= {f"the file of --{k}": str(v) for k in ("write", "source") if (v := getattr(prop.options, k, ""))}
+    others |= {f"what {kind.name} writes": path for path in prop.written()}
     check_dataset_place(output, others)
     if args.plot is not None:
         from .plot import check_format
@@ -265,7 +265,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     _print_table(console, rows, f"{dataset.attrs['formula']}: {kind.title}")
     if "note" in dataset.attrs:
         console.print(dataset.attrs["note"])
-    console.print(f"wrote {output}" + (f" and {args.plot}" if args.plot is not None else ""))
+    written = [str(output), *prop.written(), *([args.plot] if args.plot is not None else [])]
+    console.print("wrote " + " and ".join(([", ".join(written[:-1])] if written[1:] else []) + written[-1:]))
     if args.json:
         print(as_json(dataset, rows))
     return 0

@@ -186,15 +186,21 @@ class Phonon(Property):
         super().__init__(options, **named)
         self._plan = plan
 
+    def written(self) -> list[str]:
+        """Return phonopy's folder, or the forces beside the displacements that it made."""
+        if self.options.phonopy:
+            return [self.options.phonopy]
+        return [str(Path(self.options.source).parent / FILES[1])] if self.options.source else []
+
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
         """Refuse options that do not fit the moments, and places that files cannot go to."""
         super().check(atoms, calculator)
         if self.options.phonopy:
             check_folder(self.options.phonopy)
         elif self.options.source:
-            forces = Path(self.options.source).parent / FILES[1]
+            forces = self.written()[0]
             check_writable(forces)
-            if forces.exists():
+            if Path(forces).exists():
                 raise OutputError(f"'{forces}' is there already; move it away, or name a folder with phonopy")
         carrying = bool(np.linalg.norm(moments_of(atoms), axis=1).max() > ZERO_MOMENT)
         random = self.options.paramagnetic > 0
@@ -563,7 +569,7 @@ class Phonon(Property):
                     phonons[f"member-{k + 1}"] = restored(*values)
             write_files(phonons, self.options.phonopy)
         elif self.options.source:
-            write_whole(Path(self.options.source).parent / FILES[1], lambda path: write_force_sets(mean, path))
+            write_whole(self.written()[0], lambda path: write_force_sets(mean, path))
 
     def summary(self, dataset: xr.Dataset) -> list[Row]:
         """Return extremes, thermal properties and shifts as a short table."""

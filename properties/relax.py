@@ -371,6 +371,10 @@ class Relaxation(Property):
     options_type: ClassVar[type[Options]] = RelaxOptions
     soc = False
 
+    def written(self) -> list[str]:
+        """Return the file of the structure that was reached."""
+        return [self.options.write] if self.options.write else []
+
     def check(self, atoms: Atoms, calculator: SpinCalculator) -> None:
         """Refuse a place that cannot be written, and a crystal without orders to try."""
         super().check(atoms, calculator)

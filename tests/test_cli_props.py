@@ -209,7 +209,10 @@ BAD = [
     (["anisotropy", "mine.cif", "-o", "mine.cif"], "'mine.cif' is the structure already"),
     (["anisotropy", GOOD, "-o", "mine.cif"], "'mine.cif' is there and is no dataset"),
     (["anisotropy", GOOD, "--moments", "rows.extxyz", "-o", "rows.extxyz"], "is the file of the moments already"),
-    (["relax", GOOD, "--write", "r.extxyz", "-o", "r.extxyz"], "'r.extxyz' is the file of --write already"),
+    (
+        ["relax", GOOD, "--write", "r.extxyz", "-o", "r.extxyz"],
+        "'r.extxyz' is what relax writes already",
+    ),
     (["exchange", GOOD, "--seed", "-1"], "the option seed cannot be negative"),
     (["curie", GOOD, "--ways", "moments", "moments"], "ways holds one twice"),
     (["spiral", GOOD, "--path", "GH,", "--order", "fm"], "no path 'GH,' in this lattice"),

@@ -566,6 +566,7 @@ def test_command_line_both_ways(tmp_path, capsys):
     source = tmp_path / "phonopy_disp.yaml"
     shutil.copy(tmp_path / "files" / "phonopy_disp.yaml", source)
     assert main(["phonon", "--from", str(source), *settings, "-o", str(tmp_path / "b.nc")]) == 0
+    assert f"wrote {tmp_path / 'b.nc'} and {tmp_path / 'FORCE_SETS'}" in capsys.readouterr().out
     assert (tmp_path / "FORCE_SETS").read_text() == (tmp_path / "files" / "FORCE_SETS").read_text()
     with xr.open_dataset(tmp_path / "a.nc") as a, xr.open_dataset(tmp_path / "b.nc") as b:
         np.testing.assert_allclose(a["frequency"].values, b["frequency"].values, atol=1e-6)
