@@ -266,7 +266,8 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     if "note" in dataset.attrs:
         console.print(dataset.attrs["note"])
     written = [str(output), *prop.written(), *([args.plot] if args.plot is not None else [])]
-    console.print("wrote " + " and ".join(([", ".join(written[:-1])] if written[1:] else []) + written[-1:]))
+    first = ", ".join(written[:-1])
+    console.print("wrote " + (f"{first} and " if first else "") + written[-1])
     if args.json:
         print(as_json(dataset, rows))
     return 0

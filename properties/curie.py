@@ -23,7 +23,7 @@ from .conventions import BOLTZMANN, G_FACTOR, HBAR
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .exchange import Exchange
 from .export import spin_table, spirit
-from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept
+from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept, rank
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .sampling import KINDS, Kind, Measure, Statistics, Walkers, crossing, peak, statistics, with_error
 from .supercell import Supercell
@@ -167,10 +167,9 @@ class Curie(Property):
             except ConvergenceError as error:
                 failures.append(f"{order.name}: {error}")
                 continue
-            lost = np.mean([not order_is_kept(moments_of(order.atoms), x) for x in moments])
+            kept = np.mean([order_is_kept(moments_of(order.atoms), x) for x in moments])
             energy = float(np.mean(energies)) / len(order.atoms)
-            # an order that lost itself ends in the state of another, which then is the one to name
-            found.append((energy + SAME_ENERGY * float(lost), energy, k))
+            found.append((float(rank(energy, kept)), energy, k))
         progress("orders", len(orders), len(orders))
         if not found:
             raise ConvergenceError(f"no order has moments that converge; of {failures[0]}")

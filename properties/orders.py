@@ -7,7 +7,7 @@ import numpy as np
 import spglib
 from ase import Atoms
 from ase.geometry.minkowski_reduction import minkowski_reduce
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .errors import MomentError, OptionError, StructureError
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, superlattices, with_moments
@@ -19,7 +19,6 @@ Integers = NDArray[np.int64]
 MOST_SITES = 16
 """Magnetic sites in a supercell whose sign patterns are still enumerated."""
 COMPENSATED = 1e-6
-
 
 SAME_ENERGY = 1e-6
 """Energies per atom in eV that differ by no more belong to one state."""
@@ -127,6 +126,14 @@ def order_is_kept(start: Array, reached: Array) -> bool:
     carrying = lengths > ZERO_MOMENT
     along = np.einsum("ix,ix->i", start[carrying], reached[carrying]) / lengths[carrying]
     return bool((along > SMALLEST_MOMENT).all())
+
+
+def rank(energies: ArrayLike, kept: ArrayLike) -> Array:
+    """Return what to sort orders by, from energies per atom in eV and the share of members in which each is kept.
+
+    An order that lost itself ends in the state of another, which then is the one to name.
+    """
+    return np.asarray(energies) + SAME_ENERGY * (1 - np.asarray(kept, dtype=float))
 
 
 def _operations(cell: Atoms, sizes: Array, symprec: float) -> tuple[Integers, Integers, Integers]:

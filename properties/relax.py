@@ -20,7 +20,7 @@ from .base import Options, Progress, Property, Row, option, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
-from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept
+from .orders import CollinearOrder, collinear_orders, order_is_kept, rank
 from .protocol import (
     SMALLEST_MOMENT,
     ZERO_MOMENT,
@@ -540,9 +540,8 @@ class Relaxation(Property):
 def _with_ranks(dataset: xr.Dataset, symprec: float, mag_symprec: float) -> xr.Dataset:
     """Sort the orders by energy, and add the energy above the best and the space groups."""
     energies = np.nan_to_num(dataset["energy"].values, nan=np.inf)
-    # an order that lost itself ends in the state of another, which then is the one to name
-    energies = energies + SAME_ENERGY * (1 - np.nan_to_num(dataset["order_kept"].values))
-    dataset = dataset.isel(order=np.argsort(energies, kind="stable"))
+    ranks = rank(energies, np.nan_to_num(dataset["order_kept"].values))
+    dataset = dataset.isel(order=np.argsort(ranks, kind="stable"))
     above = 1e3 * (dataset["energy"].values - dataset["energy"].values[0])
     dataset["above"] = variable("order", above, "meV/atom", "energy above the best order")
     if "energy_member" in dataset:

@@ -39,10 +39,9 @@ class _Member:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if seed < 0:
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError("a seed is a whole number that is not negative")
-    return seed
+    return int(text)
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
