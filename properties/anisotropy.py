@@ -510,6 +510,12 @@ class Anisotropy(Property):
                 f"E(n) breaks the lattice's symmetry by {float(dataset['symmetry_residual']):.2g} µeV/atom "
                 "(rms): the constants do not describe it; is the calculator symmetric?"
             )
+        elif "elastic" in dataset and not np.isfinite(dataset["magnetostriction_tensor"].values).all():
+            lowest = float(np.linalg.eigvalsh(dataset["elastic"].values)[0])
+            dataset.attrs["note"] = (
+                f"no magnetostriction: the lattice is not stable (lowest stiffness {lowest:.3g} GPa), so no strain "
+                "answers a constant load; relax the cell, or take another order"
+            )
         return dataset
 
     def align(self, parts: list[xr.Dataset]) -> list[xr.Dataset]:

@@ -134,7 +134,7 @@ CONVENTIONS: dict[str, SpinConvention] = {
         SpinConvention("vampire", -0.5, -0.5, -1.0, True, True, "J"),
         SpinConvention("spirit", -1.0, -1.0, -1.0, False, True, "meV"),
         SpinConvention("uppasd", -1.0, 1.0, None, True, True, "mRy"),
-        SpinConvention("spinw", 1.0, 1.0, 1.0, True, False, "meV"),
+        SpinConvention("spinw", 1.0, 1.0, 1.0, False, False, "meV"),
     )
 }
 """Conventions of the programs that results are written for."""

@@ -73,7 +73,7 @@ class SpinLattice:
 
     Coordinates of a Bloch wave are z = (s⁻¹u, p, tilts): u displacements, s = ħ/√(Mε) with a fixed energy ε, p the
     conjugate of s⁻¹u, and the tilts of every moment along `transverse` of it. The form is in eV; lengths of moments
-    that follow are eliminated in the supercell, so that the phonons are those of force constants with moments that
+    that follow are eliminated in the supercell, so that the phonons are those of force constants with magnitudes that
     follow.
 
     Parameters

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 NEGLIGIBLE = 1e-6
 """Parameters below this, in meV, are zero."""
+SHORTEST_IN_VAMPIRE = 0.1
+"""Least `atomic-spin-moment` in µB that Vampire reads."""
 BOUNDARY = 1e-6
 """Fractional coordinates closer to a whole number than this are that number."""
 
@@ -71,6 +73,37 @@ class SpinTable:
         """
         whole = np.floor(self.scaled + BOUNDARY).astype(np.int64)
         return np.maximum(self.scaled - whole, 0.0), self.shift + whole[self.second] - whole[self.first]
+
+    def without_short(self, program: str, least: float, drop: bool) -> "SpinTable":
+        """Return the table without the sites whose moments are shorter than a program takes.
+
+        Raises
+        ------
+        ConventionError : there are such sites, and they are not to be dropped.
+        """
+        lengths = np.linalg.norm(self.moments, axis=1)
+        keep = lengths >= least
+        if keep.all():
+            return self
+        if not drop:
+            sites = ", ".join(f"{k} ({self.elements[k]}, {lengths[k]:.3g} µB)" for k in np.flatnonzero(~keep))
+            raise ConventionError(
+                f"{program} takes no moments below {least:g} µB, here site {sites}; "
+                "leave them and their pairs out with --drop"
+            )
+        pairs = keep[self.first] & keep[self.second]
+        place = np.cumsum(keep) - 1
+        return SpinTable(
+            cell=self.cell,
+            elements=[e for e, kept in zip(self.elements, keep, strict=True) if kept],
+            scaled=self.scaled[keep],
+            moments=self.moments[keep],
+            first=place[self.first[pairs]],
+            second=place[self.second[pairs]],
+            shift=self.shift[pairs],
+            tensor=self.tensor[pairs],
+            onsite=self.onsite[keep],
+        )
 
     def uniaxial(self, program: str, drop: bool) -> tuple[Array, Array]:
         """Return K in meV and n of -Σ K (n·e)² for every site, shapes (n,) and (n, 3).
@@ -133,6 +166,7 @@ def spin_table(dataset: xr.Dataset) -> SpinTable:
 def vampire(table: SpinTable, drop: bool) -> dict[str, str]:
     """Return ``vampire.UCF`` (full tensors) and ``vampire.mat``, joule."""
     target = CONVENTIONS["vampire"]
+    table = table.without_short("Vampire", SHORTEST_IN_VAMPIRE, drop)
     lengths = np.linalg.norm(table.cell, axis=1)
     tensors = MMACE.convert(table.tensor, target)
     sizes, axes = table.uniaxial("Vampire", drop)
@@ -174,7 +208,9 @@ def uppasd(table: SpinTable, drop: bool) -> dict[str, str]:
     target = CONVENTIONS["uppasd"]
     table.refuse_anisotropic("UppASD", drop)
     if np.abs(table.onsite).max(initial=0.0) > NEGLIGIBLE and not drop:
-        MMACE.convert(table.onsite, target, "onsite")
+        raise ConventionError(
+            "the single-ion anisotropy has no place in these files of UppASD; leave it out with --drop"
+        )
     exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
     positions, shifts = table.in_first_cell()
     pairs = [f"{i + 1} {j + 1} {a} {b} {c}" for i, j, (a, b, c) in zip(table.first, table.second, shifts, strict=True)]

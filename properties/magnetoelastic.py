@@ -26,6 +26,9 @@ CUBIC = {
 }
 """Magnetoelastic constants of a cubic lattice with units and long names."""
 
+SOFTEST = 1e-6
+"""Stiffness against the largest below which a lattice does not resist a strain."""
+
 
 def magnetoelastic(
     atoms: Atoms,
@@ -81,7 +84,8 @@ def magnetoelastic(
     stiffness = birch(lagrangian((stiffness + stiffness.T) / 2, stress), stress)
     moment = np.einsum("b,vb,bx,by->vxy", weights, slopes, local, local) / weights.sum()
     tensors = 7.5 * (moment - np.trace(moment, axis1=1, axis2=2)[:, None, None] * np.eye(3) / 3)
-    striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1)
+    stable = is_stable(stiffness)
+    striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1) if stable else np.full(tensors.shape, np.nan)
     dims = ("strain", "frame_axis", "frame_axis_2")
     found = {
         "strain": variable("strain", np.array(["1", "2", "3", "4", "5", "6"]), "1", "Voigt strain along x', y', z'"),
@@ -90,7 +94,10 @@ def magnetoelastic(
             dims, tensors * MJ_PER_M3, "MJ/m³", "magnetoelastic coupling T of f = Σ ε_v n·T_v·n, in the lattice's axes"
         ),
         "magnetostriction_tensor": variable(
-            dims, striction, "1", "magnetostriction M of ε_v = n·M_v·n, in the lattice's axes"
+            dims,
+            striction,
+            "1",
+            "magnetostriction M of ε_v = n·M_v·n, in the lattice's axes; NaN where the lattice is not stable",
         ),
         "elastic": variable(
             ("strain", "strain_2"),
@@ -104,10 +111,18 @@ def magnetoelastic(
     }
     if symmetry.system == "cubic":
         cubic = cubic_constants(tensors, stiffness)
+        if not stable:
+            cubic |= {"lambda100": np.nan, "lambda111": np.nan}
         for key, (units, text) in CUBIC.items():
             scale = MJ_PER_M3 if units == "MJ/m³" else 1.0
             found[key] = variable((), cubic[key] * scale, units, text)
     return found
+
+
+def is_stable(stiffness: Array) -> bool:
+    """Return whether every strain costs energy, so that a constant load leaves a strain that is finite."""
+    values = np.linalg.eigvalsh(stiffness)
+    return bool(values[0] > SOFTEST * np.abs(values).max())
 
 
 def cubic_constants(tensors: Array, stiffness: Array) -> dict[str, float]:

@@ -38,6 +38,13 @@ FLAT = 1e-7
 """A branch that rises by less than this, in eV, at the largest of `SMALL_WAVES` has no power law."""
 DOS_POINTS = 401
 LONG_WAVES = ("stiffness", "stiffness_frozen", "velocity")
+SHORTER_WAVES = (1 / 3, 1 / 9, 1 / 27, 1 / 81)
+"""Factors on `SMALL_WAVES` where a parabola may end before them, as in nearly compensated ferrimagnets."""
+PARABOLA = 3.95
+LINE = 3.0
+"""A parabola rises four times as much at twice the wave vector, at least by the first; below the second is a line."""
+CUSP = 1e-2
+"""Share of (ħω)² that a term in |q| may have."""
 COMPENSATED = 1e-3
 """An order whose net moment is below this part of the sum of |m| is an antiferromagnet."""
 
@@ -426,6 +433,52 @@ class Magnon(Property):
         return plot_magnon(dataset)
 
 
+@dataclass(frozen=True)
+class _LongWaves:
+    """The lowest branch at small q of six directions and their opposites.
+
+    Parameters
+    ----------
+    power : least ratio of what it rises by at twice a wave vector and at that one.
+    tensor : D of Δ + q·D·q, eV Å², shape (3, 3); NaN where the modes are not stable.
+    drift : slope at q = 0, odd in q, eV Å, shape (3,).
+    velocity : eV Å; NaN where (ħω)² has a term in |q|, as where Dzyaloshinskii-Moriya exchange shifts the two
+        branches of an antiferromagnet apart.
+    """
+
+    power: float
+    tensor: Array
+    drift: Array
+    velocity: float
+
+    @classmethod
+    def of(cls, waves: SpinWaves, shorter: float) -> "_LongWaves":
+        """Fit the branch at `shorter` times `SMALL_WAVES`."""
+        n = six_directions()
+        x = shorter * np.array(SMALL_WAVES)
+        k = np.array([[sign * size * n for sign in (1, -1)] for size in x])
+        modes = waves.modes((k @ waves.cell.cell[:].T / (2 * np.pi)).reshape(-1, 3))
+        energy = modes.energies[:, 0].reshape(len(x), 2, len(n))
+        start = waves.modes(np.zeros((1, 3)))
+        zero = float(start.energies[0, 0])
+        rise = energy.mean(axis=1) - zero
+        rises = rise[-1] > shorter**2 * FLAT
+        power = float(np.min(rise[1, rises] / rise[0, rises], initial=4.0))
+        if not (modes.stable.all() and start.stable.all()):
+            return cls(power, np.full((3, 3), np.nan), np.full(3, np.nan), np.nan)
+        difference = (energy[:, 0] - energy[:, 1])[:, :3] / 2
+        squares = ((energy**2).mean(axis=1) - zero**2)[:, :3]
+        even = leading(squares) / shorter**2
+        cusp = np.linalg.solve(np.stack([x, x**2, x**4], axis=1), squares)[0]
+        smooth = bool((np.abs(cusp) * x[0] <= CUSP * np.abs(squares).max()).all())
+        return cls(
+            power,
+            from_six(leading(rise)) / shorter**2,
+            np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0],
+            float(np.sqrt(max(even.mean(), 0.0))) if smooth else np.nan,
+        )
+
+
 def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     """Return what the lowest branch does at small q: stiffness and slope, or a velocity where it is no parabola.
 
@@ -434,23 +487,13 @@ def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     """
     own = moments[waves.sites]
     ferro = bool(np.linalg.norm(own.sum(axis=0)) > COMPENSATED * np.linalg.norm(own, axis=1).sum())
-    n = six_directions()
-    k = np.array([[sign * size * n for sign in (1, -1)] for size in SMALL_WAVES])
-    modes = waves.modes((k @ waves.cell.cell[:].T / (2 * np.pi)).reshape(-1, 3))
-    energy = modes.energies[:, 0].reshape(len(SMALL_WAVES), 2, len(n))
-    start = waves.modes(np.zeros((1, 3)))
-    zero = float(start.energies[0, 0])
-    good = bool(modes.stable.all() and start.stable.all())
-    unknown = np.full((3, 3), np.nan)
-    rise = energy.mean(axis=1) - zero
-    linear = bool(((rise[-1] > FLAT) & (rise[1] < 3 * rise[0])).any())
-    parabola = ferro and not linear
-    tensor = from_six(leading(rise)) if parabola and good else unknown
-    difference = (energy[:, 0] - energy[:, 1])[:, :3] / 2
-    x = np.array(SMALL_WAVES)
-    odd = np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0] if good else np.full(3, np.nan)
-    squares = leading((energy**2).mean(axis=1) - zero**2)[:3] if good and not parabola else np.full(3, np.nan)
-    velocity = float(np.sqrt(np.maximum(squares.mean(), 0.0)))
+    found = _LongWaves.of(waves, 1.0)
+    for shorter in SHORTER_WAVES:
+        if not ferro or found.power > PARABOLA:
+            break
+        found = _LongWaves.of(waves, shorter)
+    tensor = found.tensor if ferro and found.power > PARABOLA else np.full((3, 3), np.nan)
+    velocity = found.velocity if not ferro or found.power < LINE else np.nan
     return {
         "stiffness_tensor": variable(
             ("xyz", "xyz_2"), tensor * 1e3, "meV Å²", "D of ħω = Δ + v·q + q·D·q, NaN where that does not hold"
@@ -458,11 +501,11 @@ def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
         "stiffness": variable(
             (), np.trace(tensor) / 3 * 1e3, "meV Å²", "spin-wave stiffness, a third of the trace of D"
         ),
-        "drift": variable("xyz", odd * 1e3, "meV Å", "slope v of the lowest branch at q = 0, odd in q"),
+        "drift": variable("xyz", found.drift * 1e3, "meV Å", "slope v of the lowest branch at q = 0, odd in q"),
         "velocity": variable(
             (),
             velocity * 1e3,
             "meV Å",
-            "root of a third of the trace of c² in (ħω)² = Δ² + q·c²·q, NaN for parabolas",
+            "root of a third of the trace of c² in (ħω)² = Δ² + q·c²·q, NaN for parabolas and for cusps at q = 0",
         ),
     }

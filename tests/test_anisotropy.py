@@ -198,6 +198,18 @@ def test_magnetoelastic_constants_and_magnetostriction():
     assert tensor[0, 0, 0] == pytest.approx(float(dataset["lambda100"]), rel=1e-6)
 
 
+@pytest.mark.parametrize(("c11", "c12", "c44"), [(1.5, 0.9, 0.0), (1.5, 0.9, -0.3), (0.8, 1.0, 0.7)])
+def test_no_magnetostriction_without_a_stable_lattice(c11, c12, c44):
+    """A lattice that does not resist a strain has no strain under a constant load; B1 and B2 are what they are."""
+    atoms = iron()
+    toy = CapableToy(Cubic(3e-7), Magnetoelastic(atoms.cell[:], c11, c12, c44, -2e-4, 3e-4))
+    dataset = Anisotropy(strain=True).run(atoms, toy)
+    assert float(dataset["B2"]) == pytest.approx(3e-4 * MJ_PER_M3, rel=1e-6)
+    for name in ("lambda100", "lambda111", "magnetostriction_tensor"):
+        assert np.isnan(dataset[name].values).all()
+    assert "the lattice is not stable" in dataset.attrs["note"]
+
+
 @pytest.mark.parametrize("rotation", [None, Rotation.from_rotvec([0.3, -0.5, 0.8])])
 def test_magnetostriction_under_pressure(rotation):
     """The strain that minimises the enthalpy of a quadratic crystal at 0.97 of its lattice constant, 15 GPa.

@@ -252,6 +252,28 @@ def test_magnopy_reads_it(plain, tmp_path):
     assert energy == pytest.approx(expected_energy(plain, everywhere) / SIZE**3, rel=1e-7)
 
 
+def test_vampire_without_moments_that_it_does_not_read(tmp_path):
+    """Moments below 0.1 µB are refused, or left out with their pairs; what stays has the energy that it had."""
+    atoms = Atoms("AlFeCr", positions=[[0, 0, 0], [1.2, 0, 0], [0, 1.7, 0]], cell=[2.8, 2.9, 3.1], pbc=True)
+    dataset = Exchange(states=0, points=5, mesh=4).run(
+        with_moments(atoms, [0.04, 2.0, 1.5]), CapableToy(Heisenberg(2e-3, 3.2))
+    )
+    with pytest.raises(ConventionError, match=r"no moments below 0.1 µB, here site 0 \(Al, 0.04 µB\)"):
+        export(dataset, "vampire", tmp_path)
+    assert os.listdir(tmp_path) == []
+    export(dataset, "vampire", tmp_path, drop=True)
+    material = (tmp_path / "vampire.mat").read_text()
+    assert "num-materials=2" in material
+    assert "Al" not in material
+    rows = [x.split() for x in (tmp_path / "vampire.UCF").read_text().splitlines() if not x.startswith("#")]
+    start = next(k for k, row in enumerate(rows) if row[-1] == "tensorial") + 1
+    written = sum(float(row[6]) for row in rows[start:]) / 1.602176634e-22 / 2
+    table = spin_table(dataset)
+    kept = (table.first > 0) & (table.second > 0)
+    assert len(rows) - start == kept.sum()
+    assert written == pytest.approx(table.isotropic[kept].sum(), rel=1e-9)
+
+
 def test_what_a_program_does_not_hold_is_refused(full, plain, tmp_path):
     """Nothing is left out silently, nothing is half-written."""
     for program, word in (
@@ -263,6 +285,12 @@ def test_what_a_program_does_not_hold_is_refused(full, plain, tmp_path):
             export(full, program, tmp_path)
     assert os.listdir(tmp_path) == []
     assert export(full, "uppasd", tmp_path, drop=True)
+    single_ion = Exchange(states=0, points=5, mesh=4).run(
+        with_moments(Atoms("Fe", cell=[2.8, 2.8, 3.1], pbc=True), [2.0]),
+        CapableToy(Heisenberg(2e-3, 3.2), Uniaxial(3e-4)),
+    )
+    with pytest.raises(ConventionError, match="single-ion anisotropy has no place"):
+        export(single_ion, "uppasd", tmp_path)
     with pytest.raises(OptionError, match="did you mean 'vampire'"):
         export(plain, "vampir", tmp_path)
     with pytest.raises(OutputError, match="does not exist"):

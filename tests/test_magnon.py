@@ -506,3 +506,27 @@ def test_refusals():
         quick(path="GQQ").run(ferromagnet(atoms), toy)
     with pytest.raises(OptionError, match="mesh"):
         Magnon(mesh=1)
+
+
+@pytest.mark.parametrize("shorter", [1.0, 1.9, 1.96, 1.99])
+def test_stiffness_of_nearly_compensated_ferrimagnets(shorter):
+    """D is 4/(m1 - m2) times a sixth of Σ J r² of both sublattices, however soon the parabola ends."""
+    a, coupling = 2.85, 0.010
+    atoms = Atoms("FeFe", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[a] * 3, pbc=True)
+    toy = CapableToy(Heisenberg(-coupling / (2 * shorter), 2.6), soc=False)
+    dataset = Magnon(mesh=2, points=5).run(with_moments(atoms, [[0, 0, 2.0], [0, 0, -shorter]]), toy)
+    expected = 4 / (2 - shorter) * 2 * 8 * coupling * 1e3 * 0.75 * a**2 / 6
+    assert float(dataset["stiffness"]) == pytest.approx(expected, rel=2e-3)
+    assert np.isnan(float(dataset["velocity"]))
+
+
+def test_no_velocity_where_branches_are_shifted_apart():
+    """Dzyaloshinskii-Moriya exchange along an antiferromagnet's axis makes a cusp of the lowest branch at q = 0."""
+    atoms = Atoms("FeFe", scaled_positions=[[0, 0, 0], [0.5, 0, 0]], cell=[5.4, 2.9, 2.5], pbc=True)
+    atoms = with_moments(atoms, [[0, 0, 2.0], [0, 0, -2.0]])
+    terms = [Heisenberg(-1e-3, 2.75), Heisenberg(2e-3, 2.6), Uniaxial(1e-3)]
+    plain = Magnon(mesh=2, points=5).run(atoms, CapableToy(*terms))
+    chiral = Magnon(mesh=2, points=5).run(atoms, CapableToy(*terms, DMI(2e-4, 2.6)))
+    assert float(plain["velocity"]) > 1
+    assert float(chiral["gap"]) == pytest.approx(float(plain["gap"]), rel=1e-6)
+    assert np.isnan(float(chiral["velocity"]))

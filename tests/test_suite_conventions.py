@@ -44,10 +44,18 @@ def test_known_factors():
     assert MMACE.convert(one, CONVENTIONS["spirit"]) == pytest.approx(2.0, rel=1e-12)
     assert MMACE.convert(one, CONVENTIONS["uppasd"]) == pytest.approx(1 / 13.605693122990, rel=1e-9)
     assert MMACE.convert(one, CONVENTIONS["uppasd"], "dmi") == pytest.approx(-1 / 13.605693122990, rel=1e-9)
-    assert MMACE.convert(one, CONVENTIONS["spinw"], moments=(2.0, 3.0)) == pytest.approx(-1 / 1.5, rel=1e-12)
+    assert MMACE.convert(one, CONVENTIONS["spinw"], moments=(2.0, 3.0)) == pytest.approx(-2 / 1.5, rel=1e-12)
     assert MMACE.convert(one, CONVENTIONS["tb2j"]) == pytest.approx(1.0, rel=1e-12)
     assert pytest.approx(160.2176634) == GPA
     assert pytest.approx(160217.6634) == MJ_PER_M3
+
+
+def test_spinw_chain():
+    """The ferromagnetic chain of SpinW's own tests, S = 1 and J = -1 meV a bond: 4 meV at the zone boundary."""
+    moment, top = 2.0, 4.0
+    # Magnons are (4/m)[J(0) - J(q)], here (4/m) 4 J at the zone boundary of a chain with neighbours at ±a.
+    ours = top * moment / 16
+    assert MMACE.convert(ours, CONVENTIONS["spinw"], moments=(moment, moment)) == pytest.approx(-1.0, rel=1e-12)
 
 
 def test_undefined_is_an_error():
