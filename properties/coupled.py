@@ -13,14 +13,14 @@ from phonopy import Phonopy
 from scipy import constants
 from scipy.optimize import brentq, minimize_scalar
 
-from .base import Options, Progress, Property, Row, derived, option, over_finite, variable
+from .base import Options, Progress, Property, Row, derived, option, over_finite, spread_of, variable
 from .bosons import Modes, normal_modes
 from .conventions import G_FACTOR
 from .errors import ConvergenceError, MomentError, OptionError
 from .lattice import Lattice, ase_atoms, full_pairs, primitive_matrix, supercell_matrix, unit_index
 from .magnon import rounding_of, settled
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .supercell import transverse
+from .supercell import SAME_DISTANCE, Coverage, reach_of, transverse
 from .symmetry import band_path
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ MEV_PER_THZ = constants.h * 1e15 / constants.e
 SADDLE = 1e-9
 SAME_ENERGY = 1e-4
 """Phonons closer than this, in meV, cross a magnon together."""
+ALIKE = 2.0
+"""Factor within which a gap is that of a phonon and a magnon themselves, not of others between them."""
 VISIBLE = 1e-4
 """Gaps smaller than this, in meV, are crossings."""
 LISTED = 6
@@ -114,7 +116,19 @@ class SpinLattice:
         mm: Array = np.einsum("iax,ixjy,jby->iajb", turned, blocks["mm"], everywhere)
         parts = self._follow(phonon, blocks["rr"], rm, mm) if follow else (blocks["rr"], rm, mm)
         self.couplings = [self._couplings(part) for part in parts]
+        self.coverage = self._coverage(phonon, parts[2], calculator, moments)
         self.spin_scale = float(np.abs(self.inward).max() + np.abs(parts[2][self.sites][:, :2]).max())
+
+    def _coverage(self, phonon: Phonopy, mm: Array, calculator: SpinCalculator, moments: Array) -> Coverage:
+        """Return what the supercell holds of the couplings between tilts, J = -H/2."""
+        heights = 1 / np.linalg.norm(np.linalg.inv(np.asarray(phonon.supercell.cell)), axis=0)
+        radius = float(heights.min()) / 2
+        apart = np.linalg.norm(self.between @ np.asarray(phonon.primitive.cell), axis=1)
+        sizes = np.linalg.norm(mm[:, :2, :, :2].transpose(0, 2, 1, 3), ord=2, axis=(2, 3))[self.first, self.second] / 2
+        beyond = apart >= radius - SAME_DISTANCE
+        sums = np.bincount(self.first, sizes * self.weight * beyond, minlength=self.count)
+        reach = reach_of(calculator, moments)
+        return Coverage(reach, None if reach is None else radius > reach, np.nan, float(sums.max()))
 
     def _follow(self, phonon: Phonopy, rr: Array, rm: Array, mm: Array) -> tuple[Array, Array, Array]:
         """Eliminate the lengths of all moments of the supercell, the third of their coordinates.
@@ -203,9 +217,13 @@ class SpinLattice:
         result[:, 2 * size :, 2 * size :] = tt
         return result
 
-    def modes(self, q: Array) -> Modes:
-        """Return coupled modes at wave vectors (Q, 3), energies in eV."""
+    def modes(self, q: Array, coupled: bool = True) -> Modes:
+        """Return modes at wave vectors (Q, 3), energies in eV, with what couples displacements and tilts or without."""
         form = self.form(q)
+        if not coupled:
+            tilts = 6 * self.count
+            form[:, :tilts, tilts:] = 0.0
+            form[:, tilts:, :tilts] = 0.0
         return normal_modes(form, self.bracket, self.zero)
 
     def magnon_fraction(self, modes: Modes) -> Array:
@@ -311,6 +329,12 @@ class Coupled(Property):
                 "lowest eigenvalue of the quadratic form on the path where it is negative, else 0",
             ),
             "moments": variable(("site", "xyz"), moments, "µB", "moment of the reference"),
+            "folded": variable(
+                (),
+                crystal.coverage.folded * milli,
+                "meV",
+                "Σ |J| of a site at images that are not unique in the supercell, the largest over sites",
+            ),
             "torque": variable((), torque, "eV", "largest torque on a moment of the reference as relaxed or given"),
             "gap": variable(
                 BY_BRANCHES, crossings["gap"], "meV", "gap where phonon and magnon would cross, NaN if not"
@@ -340,6 +364,7 @@ class Coupled(Property):
             "supercell_atoms": len(phonon.supercell),
             "primitive_cell": cell.cell[:].tolist(),
             "path_labels": [list(x) for x in labels],
+            **crystal.coverage.attributes,
         }
         return xr.Dataset(data, coords, attrs)
 
@@ -370,6 +395,8 @@ class Coupled(Property):
         """Return extremes and the largest gaps as a short table."""
         rows = [
             Row("supercell", f"{dataset.attrs['supercell_atoms']} atoms"),
+            Row("larger than twice the reach", str(dataset.attrs["supercell_beyond_twice_the_reach"])),
+            Row("Σ |J| of a site beyond the supercell", float(dataset["folded"]), "meV", spread_of(dataset, "folded")),
             Row("lengths of moments", "follow at once" if dataset.attrs["lengths_follow"] else "held"),
         ]
         for name, label in (("phonon_energy", "phonon"), ("magnon_energy", "magnon")):
@@ -477,9 +504,11 @@ def _refined(q: Array) -> Array:
 
 
 def _crossing(crystal: SpinLattice, start: Array, end: Array, branch: int, magnon: int) -> Crossing:
-    """Return the crossing of a phonon and a magnon between two wave vectors, and the least distance of the modes there.
+    """Return the crossing of a phonon and a magnon between two wave vectors, and the gap that their coupling opens.
 
-    Phonons of the same energy cross together; the gap lies between the outermost of the modes that come of them.
+    Phonons of the same energy cross together. The gap is the least distance of the outermost of the modes that are the
+    most like them: other phonons may lie inside it. Where those modes are others' hybrids, it is what the coupling of
+    phonon and magnon alone splits them by.
     """
 
     def at(x: float) -> Array:
@@ -490,15 +519,20 @@ def _crossing(crystal: SpinLattice, start: Array, end: Array, branch: int, magno
         return float(phonons[0, branch] - magnons[0, magnon])
 
     x = float(brentq(difference, 0.0, 1.0, xtol=1e-12))
-    phonons, magnons = crystal.uncoupled(at(x))
-    level, near = magnons[0, magnon], SAME_ENERGY * 1e-3
-    everything = np.concatenate([phonons[0], magnons[0]])
-    together = int((np.abs(everything - level) <= near).sum())
-    below = int((everything < level - near).sum())
+    level = float(crystal.uncoupled(at(x))[1][0, magnon])
+    apart = crystal.modes(at(x), coupled=False)
+    crossing = apart.vectors[0][:, np.abs(apart.energies[0] - level) <= SAME_ENERGY * 1e-3]
+    dual = np.linalg.inv(1j * crystal.bracket) @ crossing
 
     def distance(shift: float) -> float:
-        energies = crystal.modes(at(x + shift)).energies[0]
-        return float(energies[below + together - 1] - energies[below])
+        modes = crystal.modes(at(x + shift))
+        likeness = (np.abs(dual.conj().T @ modes.vectors[0]) ** 2).sum(axis=0)
+        energies = modes.energies[0][np.argsort(-likeness)[: crossing.shape[1]]]
+        return float(energies.max() - energies.min())
 
+    alone = np.linalg.eigvalsh(crossing.conj().T @ crystal.form(at(x))[0] @ crossing)
+    first_order = float(alone[-1] - alone[0])
     found = minimize_scalar(distance, bounds=(-1.0, 1.0), method="bounded", options={"xatol": 1e-9})
-    return Crossing(at(x)[0], float(level) * 1e3, min(float(found.fun), distance(0.0)) * 1e3)
+    gap = min(float(found.fun), distance(0.0))
+    own = first_order / ALIKE <= gap <= first_order * ALIKE
+    return Crossing(at(x)[0], level * 1e3, (gap if own else first_order) * 1e3)

@@ -1,5 +1,7 @@
 """Coupled magnons and phonons: a chain in closed form, equations of motion in real space, and uncoupled limits."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -22,7 +24,7 @@ from scipy.optimize import linear_sum_assignment, minimize_scalar
 from mmace.calculator import MMACECalculator
 
 from .potentials import pair, random_model, triclinic
-from .toys import DMI, CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy, Uniaxial
+from .toys import DMI, CapableToy, CommitteeToy, Heisenberg, Landau, Springs, Toy, Uniaxial, scatter
 
 MASSES = {z: get_atomic_data().atom_data[z][3] for z in (13, 24, 26)}
 QUANTUM = constants.hbar * np.sqrt(constants.e / 1e-20 / constants.atomic_mass) / constants.e
@@ -114,6 +116,41 @@ def test_gap_of_the_chain():
     assert float(dataset["gap_energy"].values[place]) == pytest.approx(apart[2], rel=1e-6)
     # u_y and u_z are degenerate and open one gap; u_x crosses the spin wave without
     np.testing.assert_allclose(np.sort(gaps.ravel()), [0, gaps[place], gaps[place]], atol=1e-6)
+
+
+@dataclass
+class AcrossSprings:
+    """``k/2 (z_i - z_j)²`` of a chain along x: u_z a little stiffer than u_y."""
+
+    k: float
+    soc = False
+
+    def sites(self, s):
+        i, _, r, _ = s.pairs(2.6)
+        return scatter((self.k / 4 * r[:, 2] ** 2).expand(s.moments.shape[0], -1), i, len(s.positions))
+
+
+@pytest.mark.parametrize("stiffer", [1e-5, 1e-4, 1e-2])
+def test_gap_with_another_phonon_inside_it(stiffer):
+    """u_z does not couple and lies within the gap of u_y: the gap stays what it is, and u_z has none."""
+    alone = float(np.nanmax(quick().run(chain(), toy())["gap"].values))
+    gaps = np.sort(quick().run(chain(), toy(AcrossSprings(stiffer)))["gap"].values.ravel())
+    assert gaps[-1] == pytest.approx(alone, rel=1e-4)
+    if stiffer > 1e-5:
+        np.testing.assert_allclose(gaps[:-1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cutoff", "pairs"), [(4.9, 0), (5.2, 6)])
+def test_exchange_beyond_the_supercell_is_told(cutoff, pairs):
+    """A simple cubic cell of 10 Å has its unique images within 5 Å; the six pairs there are folded."""
+    atoms = with_moments(Atoms("Fe", cell=[2.5] * 3, pbc=True), [2.0])
+    exchange = Heisenberg(1e-3, cutoff, 0.3, 5.0)
+    dataset = Coupled(dim=(4, 4, 4), path="GX", points=5).run(
+        atoms, CapableToy(exchange, Springs(3.0, 2.4, 4.0), soc=False)
+    )
+    assert float(dataset["folded"]) == pytest.approx(pairs * 1e-3 * 4 * 1e3, abs=1e-6)
+    rows = {row.label: row.value for row in Coupled().summary(dataset)}
+    assert rows["Σ |J| of a site beyond the supercell"] == pytest.approx(pairs * 4.0, abs=1e-6)
 
 
 def test_character_of_the_modes():
