@@ -572,7 +572,7 @@ class Anisotropy(Property):
             ("lambda100", "λ100"),
             ("lambda111", "λ111"),
         ):
-            if key in dataset:
+            if key in dataset and np.isfinite(float(dataset[key])):
                 rows.append(Row(label, float(dataset[key]), dataset[key].attrs["units"], spread_of(dataset, key)))
         if "axis_energy" in dataset:
             for k, name in enumerate(dataset["frame_axis"].values):

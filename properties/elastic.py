@@ -638,7 +638,7 @@ def _rows(dataset: xr.Dataset) -> list[Row]:
             text = f"derivatives against finite strain, {LEVEL_TEXT[level]}"
             rows.append(Row(text, float(dataset["disagreement"].sel(level=level)), "GPa"))
     for name in CUBIC:
-        if name in dataset:
+        if name in dataset and np.isfinite(float(dataset[name].sel(**last))):
             item = dataset[name].sel(**last)
             rows.append(
                 Row(item.attrs["long_name"], float(item), item.attrs["units"], spread_of(dataset, name, **last))

@@ -84,8 +84,9 @@ def magnetoelastic(
     stiffness = birch(lagrangian((stiffness + stiffness.T) / 2, stress), stress)
     moment = np.einsum("b,vb,bx,by->vxy", weights, slopes, local, local) / weights.sum()
     tensors = 7.5 * (moment - np.trace(moment, axis1=1, axis2=2)[:, None, None] * np.eye(3) / 3)
-    stable = is_stable(stiffness)
-    striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1) if stable else np.full(tensors.shape, np.nan)
+    striction = np.full(tensors.shape, np.nan)
+    if is_stable(stiffness):
+        striction = -np.tensordot(np.linalg.inv(stiffness), tensors, axes=1)
     dims = ("strain", "frame_axis", "frame_axis_2")
     found = {
         "strain": variable("strain", np.array(["1", "2", "3", "4", "5", "6"]), "1", "Voigt strain along x', y', z'"),
@@ -111,8 +112,6 @@ def magnetoelastic(
     }
     if symmetry.system == "cubic":
         cubic = cubic_constants(tensors, stiffness)
-        if not stable:
-            cubic |= {"lambda100": np.nan, "lambda111": np.nan}
         for key, (units, text) in CUBIC.items():
             scale = MJ_PER_M3 if units == "MJ/m³" else 1.0
             found[key] = variable((), cubic[key] * scale, units, text)
@@ -135,12 +134,14 @@ def cubic_constants(tensors: Array, stiffness: Array) -> dict[str, float]:
 
     Returns
     -------
-    ``B1``, ``B2`` in the unit of T; ``lambda100``, ``lambda111``.
+    ``B1``, ``B2`` in the unit of T; ``lambda100``, ``lambda111``, NaN where the lattice is not stable.
     """
     first = float(np.mean([1.5 * tensors[a, a, a] for a in range(3)]))
     second = float(np.mean([2 * tensors[v, i, j] for v, (i, j) in enumerate(VOIGT) if v > 2]))
     c11, c44 = np.diag(stiffness)[:3].mean(), np.diag(stiffness)[3:].mean()
     c12 = (stiffness[0, 1] + stiffness[0, 2] + stiffness[1, 2]) / 3
+    if not is_stable(stiffness):
+        return {"B1": first, "B2": second, "lambda100": np.nan, "lambda111": np.nan}
     return {
         "B1": first,
         "B2": second,

@@ -475,7 +475,7 @@ class _LongWaves:
             power,
             from_six(leading(rise)) / shorter**2,
             np.linalg.solve(np.stack([x, x**3, x**5], axis=1), difference)[0],
-            float(np.sqrt(max(even.mean(), 0.0))) if smooth else np.nan,
+            float(np.sqrt(even.mean())) if smooth and even.mean() > 0 else np.nan,
         )
 
 

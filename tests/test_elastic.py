@@ -666,3 +666,12 @@ def test_magnetostriction_where_moments_may_turn(mode):
         assert float(one["C"].sel(strain="yz", strain_2="yz")) < 0.97 * c44 * GPA
     assert float(one["lambda100"]) == pytest.approx(-2 / 3 * B1 / (c11 - c12), rel=0.02)
     assert float(one["lambda111"]) == pytest.approx(-1 / 3 * B2 / c44, rel=0.02)
+
+
+def test_no_magnetostriction_of_a_lattice_that_is_not_stable():
+    """C44 < 0: B2 is what it is, and no strain answers a constant load."""
+    model = CapableToy(Magnetoelastic(REFERENCE, 1.5, 0.9, -0.3, B1, B2), Cubic(1e-4))
+    dataset = Elastic(relax="none", finite_strain=False).run(iron(), model)
+    assert float(dataset["B2"].isel(level=-1)) == pytest.approx(B2 * MJ_PER_M3, rel=1e-3)
+    assert np.isnan(dataset["lambda111"].values).all()
+    assert not [row.label for row in Elastic().summary(dataset) if "magnetostriction" in row.label]
