@@ -20,7 +20,7 @@ from .errors import ConvergenceError, MomentError, OptionError
 from .lattice import Lattice, ase_atoms, full_pairs, primitive_matrix, supercell_matrix, unit_index
 from .magnon import rounding_of, settled
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .supercell import SAME_DISTANCE, Coverage, reach_of, transverse
+from .supercell import SAME_DISTANCE, Coverage, reach_of, transverse, unique_radius
 from .symmetry import band_path
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ class SpinLattice:
 
     def _coverage(self, phonon: Phonopy, mm: Array, calculator: SpinCalculator, moments: Array) -> Coverage:
         """Return what the supercell holds of the couplings between tilts, J = -H/2."""
-        heights = 1 / np.linalg.norm(np.linalg.inv(np.asarray(phonon.supercell.cell)), axis=0)
-        radius = float(heights.min()) / 2
+        radius = unique_radius(np.asarray(phonon.supercell.cell))
         apart = np.linalg.norm(self.between @ np.asarray(phonon.primitive.cell), axis=1)
         sizes = np.linalg.norm(mm[:, :2, :, :2].transpose(0, 2, 1, 3), ord=2, axis=(2, 3))[self.first, self.second] / 2
         beyond = apart >= radius - SAME_DISTANCE

@@ -452,14 +452,13 @@ class _LongWaves:
     velocity: float
 
     @classmethod
-    def of(cls, waves: SpinWaves, shorter: float) -> "_LongWaves":
-        """Fit the branch at `shorter` times `SMALL_WAVES`."""
+    def of(cls, waves: SpinWaves, start: Modes, shorter: float) -> "_LongWaves":
+        """Fit the branch, of modes `start` at q = 0, at `shorter` times `SMALL_WAVES`."""
         n = six_directions()
         x = shorter * np.array(SMALL_WAVES)
         k = np.array([[sign * size * n for sign in (1, -1)] for size in x])
         modes = waves.modes((k @ waves.cell.cell[:].T / (2 * np.pi)).reshape(-1, 3))
         energy = modes.energies[:, 0].reshape(len(x), 2, len(n))
-        start = waves.modes(np.zeros((1, 3)))
         zero = float(start.energies[0, 0])
         rise = energy.mean(axis=1) - zero
         rises = rise[-1] > shorter**2 * FLAT
@@ -487,11 +486,12 @@ def _long_waves(waves: SpinWaves, moments: Array) -> dict[str, xr.Variable]:
     """
     own = moments[waves.sites]
     ferro = bool(np.linalg.norm(own.sum(axis=0)) > COMPENSATED * np.linalg.norm(own, axis=1).sum())
-    found = _LongWaves.of(waves, 1.0)
+    start = waves.modes(np.zeros((1, 3)))
+    found = _LongWaves.of(waves, start, 1.0)
     for shorter in SHORTER_WAVES:
         if not ferro or found.power > PARABOLA:
             break
-        found = _LongWaves.of(waves, shorter)
+        found = _LongWaves.of(waves, start, shorter)
     tensor = found.tensor if ferro and found.power > PARABOLA else np.full((3, 3), np.nan)
     velocity = found.velocity if not ferro or found.power < LINE else np.nan
     return {

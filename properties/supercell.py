@@ -65,8 +65,7 @@ class Supercell:
         self.shifts = shifts
         n = len(cell)
         self.magnetic = (np.arange(len(shifts))[:, None] * n + sites[None]).ravel()
-        heights = 1 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
-        self.radius = float(heights.min()) / 2
+        self.radius = unique_radius(lattice)
 
     def tiled(self, moments: Array) -> Array:
         """Return moments (n, 3) of the cell repeated over the supercell."""
@@ -190,6 +189,17 @@ class Coverage:
         answer = {None: "not known", True: "yes", False: "no"}[self.beyond]
         reach = "not stated by the calculator" if self.reach is None else self.reach
         return {"reach": reach, "supercell_beyond_twice_the_reach": answer}
+
+
+def unique_radius(lattice: Array) -> float:
+    """Return half the least height of a supercell in Å: within it a pair has one nearest image.
+
+    Parameters
+    ----------
+    lattice : vectors of the supercell in rows, Å, shape (3, 3).
+    """
+    heights = 1 / np.linalg.norm(np.linalg.inv(lattice), axis=0)
+    return float(heights.min()) / 2
 
 
 def reach_of(calculator: SpinCalculator, moments: Array) -> float | None:
