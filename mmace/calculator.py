@@ -118,6 +118,10 @@ class MMACECalculator(Calculator):
             raise MMACEError("the model was trained without spin-orbit coupling: use soc=False, or another model.")
         self.models = [_placed(m, device, DTYPES[dtype]) for m in self.models]
         self.device, self.dtype = device, dtype
+        if not isinstance(soc, bool | np.bool_):
+            raise MMACEError(f"soc is {soc!r}: give True with or False without spin-orbit coupling.")
+        if tolerance is not None and not 0.0 < tolerance < np.inf:
+            raise MMACEError(f"the tolerance is {tolerance}: give magnetic forces above 0 in eV/µB.")
         self._soc, self._moments = bool(soc), moments
         self.tolerance = RELAX_TOLERANCE[DTYPES[dtype]] if tolerance is None else tolerance
         self._cached: _CachedGeometry | None = None
@@ -457,6 +461,8 @@ class MMACECalculator(Calculator):
         batch = np.asarray(moments, dtype=float)
         if batch.ndim != 3:
             raise MomentError(f"spin configurations have shape {batch.shape}: give (B, N, 3) in µB.")
+        if not len(batch):
+            raise MomentError("there are no spin configurations: give at least one.")
         check_moments(batch, len(atoms))
         self._warn_beyond_range(atoms, batch)
         return self._tensor(batch)

@@ -134,8 +134,8 @@ def model_files(model: str | os.PathLike[str]) -> list[Path]:
         raise ModelFileError(f"there is no model file {path}: give an existing file.") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise ModelFileError(f'{path} does not list a committee: it needs {{"members": [file names]}}.') from None
-    if not isinstance(members, list) or not members:
-        raise ModelFileError(f"{path} lists no members: a committee needs at least one file.")
+    if not isinstance(members, list) or not members or not all(isinstance(member, str) for member in members):
+        raise ModelFileError(f"{path} lists no files of members: a committee needs at least one.")
     return [path.parent / member for member in members]
 
 

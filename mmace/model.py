@@ -27,6 +27,17 @@ from .blocks import (
 )
 from .graph import Graph
 
+AT_LEAST_ONE = (
+    "num_layers",
+    "correlation",
+    "num_chebyshev",
+    "max_ell",
+    "channels",
+    "num_bessel",
+    "num_polynomial_cutoff",
+    "readout_hidden",
+)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -84,9 +95,15 @@ class ModelConfig:
         unknown = [z for z in self.elements if z not in atomic_numbers]
         if unknown:
             raise ValueError(f"{unknown[0]} is not an element: give chemical symbols.")
-        for name in ("num_layers", "correlation", "num_chebyshev", "max_ell", "channels", "num_bessel"):
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if not self.radial_mlp or min(self.radial_mlp) < 1:
+            raise ValueError(f"radial_mlp is {self.radial_mlp}, but must be widths of at least 1.")
+        # without a wall the energy has no lower bound at large moments
+        for name in ("cutoff", "wall", "energy_scale", "avg_num_neighbors"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
 
     @property
     def has_spin_orbit(self) -> bool:

@@ -1,6 +1,7 @@
 """The label reader: units and signs, missing quantities, anisotropy groups, splits."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +12,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
+from mmace.cli import main
 from mmace.data import Splits, groups_of, label_from_atoms, read_labels, read_splits
 from mmace.errors import LabelError
+from mmace.labels.files import read_checked, write_checksums, write_labels
 
 BASE = np.array([[0.02, -0.01, 0.03], [1.46, 1.4, 1.5]])
 CELL = np.array([[2.9, 0.05, 0.0], [0.0, 2.85, 0.1], [0.02, 0.0, 3.0]])
@@ -221,3 +224,51 @@ def test_labels_are_read_without_torch():
     """It takes seconds to import, and whoever reads or makes labels needs none of it."""
     code = "import sys, mmace.data, mmace.labels.cli\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_moments_a_calculation_was_started_from_are_no_label(tmp_path):
+    """ASE writes both kinds of moments; a label's are those that were reached."""
+    atoms = labelled_frame(code="c", recipe="r")
+    atoms.calc.results["magmoms"] = MOMENTS + 1e-4
+    write(tmp_path / "near.extxyz", atoms)
+    assert np.allclose(read_labels(tmp_path / "near.extxyz")[0].moments, MOMENTS)
+    atoms.calc.results["magmoms"] = np.array([2.2, 2.2])
+    write(tmp_path / "started.extxyz", atoms)
+    with pytest.raises(LabelError, match=r"frame 0 of .* has other magmoms than initial_magmoms"):
+        read_labels(tmp_path / "started.extxyz")
+    with pytest.raises(LabelError, match="other magmoms"):
+        read_checked(tmp_path / "started.extxyz")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"), [("energy", "abc", "no number"), ("soc", "0 1", "give 0 without")]
+)
+def test_texts_in_place_of_numbers(tmp_path, key, value, message):
+    atoms = labelled_frame()
+    write(tmp_path / "a.extxyz", atoms)
+    text = (tmp_path / "a.extxyz").read_text()
+    (tmp_path / "a.extxyz").write_text(re.sub(rf"\b{key}=\S+", f'{key}="{value}"', text, count=1))
+    with pytest.raises(LabelError, match=message):
+        read_labels(tmp_path / "a.extxyz")
+
+
+def test_groups_are_checked_wherever_labels_are(tmp_path, capsys):
+    """Directions of one group in two files of a folder, in cells that differ."""
+    frames = direction_frames()
+    for atoms in frames:
+        atoms.info.update(code="c", recipe="r")
+    write_labels(tmp_path / "a.extxyz", frames[:2])
+    frames[2].set_cell(1.01 * CELL)
+    with pytest.raises(LabelError, match="but not the structure"):
+        write_labels(tmp_path / "b.extxyz", frames)
+    write_labels(tmp_path / "b.extxyz", frames[2:])
+    write_checksums(tmp_path)
+    assert main(["label", "check", str(tmp_path)]) == 2
+    assert "g-2 and g-0 share the anisotropy group g but not the structure" in capsys.readouterr().err
+    sums = (tmp_path / "SHA256SUMS").read_text()
+    (tmp_path / "SHA256SUMS").write_text(sums.replace("  ", " *"))
+    assert main(["label", "check", str(tmp_path)]) == 2
+    assert "share the anisotropy group" in capsys.readouterr().err
+    (tmp_path / "SHA256SUMS").write_text(sums + "0123\n")
+    assert main(["label", "check", str(tmp_path)]) == 2
+    assert "has a line '0123' without a name" in capsys.readouterr().err

@@ -194,16 +194,32 @@ def test_start_from_weights_and_exact_resume(labels, tmp_path):
     outcome = train(labels["train"], labels["valid"], still, tmp_path / "still", start=start)
     moved = weights_of(outcome.model)
     assert all(torch.allclose(moved[k], before[k], atol=1e-9) for k in before)
-    whole = train(labels["train"], labels["valid"], RECIPE, tmp_path / "whole", start=start)
-    train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=start, stop_after=1)
-    parts = train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=start)
+    moving = replace(RECIPE, keep="last")
+    whole = train(labels["train"], labels["valid"], moving, tmp_path / "whole", start=start)
+    train(labels["train"], labels["valid"], moving, tmp_path / "parts", start=start, stop_after=1)
+    parts = train(labels["train"], labels["valid"], moving, tmp_path / "parts", start=start)
     assert same(weights_of(whole.model), weights_of(parts.model))
     assert not same(weights_of(whole.model), before)
     assert same(weights_of(model), before)
     with pytest.raises(ValueError, match="other labels, recipe or seed"):
-        train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=Start(random_model(3)))
+        train(labels["train"], labels["valid"], moving, tmp_path / "parts", start=Start(random_model(3)))
     with pytest.raises(ValueError, match="other labels, recipe or seed"):
-        train(labels["train"], labels["valid"], RECIPE, tmp_path / "parts", start=Start(model))
+        train(labels["train"], labels["valid"], moving, tmp_path / "parts", start=Start(model))
+
+
+def test_the_start_is_kept_where_no_epoch_is_better(files, tmp_path, capsys):
+    """Labels that validate are the start's own, those that train come from another potential."""
+    model = random_model(5)
+    frames = frames_of(model, "Fe2", 3, "own", 8)
+    write(tmp_path / "valid.extxyz", frames)
+    save_model(model, tmp_path / "start.safetensors", {})
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
+    command = ["finetune", "--from", str(tmp_path / "start.safetensors"), "--train", str(files / "train.extxyz")]
+    command += ["--valid", str(tmp_path / "valid.extxyz"), "--recipe", str(tmp_path / "recipe.json")]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "none better than the start" in " ".join(capsys.readouterr().out.split())
+    assert same(weights_of(load_model(tmp_path / "run" / "model.safetensors")), weights_of(model))
+    assert read_metadata(tmp_path / "run" / "model.safetensors")["best_epoch"] == "0"
 
 
 def strong_spin_orbit(seed):
@@ -383,7 +399,7 @@ def test_command_line_tunes_every_member(files, tmp_path, capsys):
     save_model(random_model(3), tmp_path / "b.safetensors", {})
     members = [str(files / "start.safetensors"), str(tmp_path / "b.safetensors")]
     (tmp_path / "committee.json").write_text(json.dumps({"members": members}))
-    (tmp_path / "recipe.json").write_text(json.dumps(replace(RECIPE, epochs=1).to_dict()))
+    (tmp_path / "recipe.json").write_text(json.dumps(replace(RECIPE, epochs=1, keep="last").to_dict()))
     new = [
         "--train",
         str(files / "train.extxyz"),
@@ -394,8 +410,11 @@ def test_command_line_tunes_every_member(files, tmp_path, capsys):
     ]
     command = ["finetune", "--from", str(tmp_path / "committee.json"), *new, "--recipe", str(tmp_path / "recipe.json")]
     replay = ["--replay", str(files / "old.extxyz"), "--replay-fraction", "0.5"]
-    assert main([*command, "--replay-fraction", "1.0"]) == 2
-    assert "--replay-fraction" in capsys.readouterr().err
+    assert main([*command, *replay[:2], "--replay-fraction", "1.0"]) == 2
+    assert "give at least 0 and below 1" in capsys.readouterr().err
+    for option in (["--replay-fraction", "0.5"], ["--replay-splits", "s.json"]):
+        assert main([*command, *option]) == 2
+        assert f"{option[0]} is for replayed labels" in capsys.readouterr().err
     assert main([*command, *replay, "--shift-energies"]) == 2
     assert "only one of the two" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -8,11 +8,13 @@ import pytest
 from ase import Atoms
 from ase.io import write
 from ase.units import GPa
+from scipy.stats import norm, t
 
 from mmace.cli import main
 from mmace.data import read_labels
+from mmace.data.cli import HOW
 from mmace.data.deepmd import read_deepmd
-from mmace.data.importing import sign_evidence
+from mmace.data.importing import make_frame, refuse_other_units, settle_signs, sign_evidence, with_parents
 from mmace.data.matpes import read_matpes
 from mmace.data.mlip import read_mlip
 from mmace.data.renamed import STRESS_UNITS, read_renamed
@@ -434,6 +436,111 @@ def test_a_unit_that_contradicts_the_energies_is_refused(labels, tmp_path, capsy
     assert run(*command, "--stress-unit", given, "--drop", "stress") == 0
 
 
+@pytest.mark.parametrize("count", [4, 5, 6, 8])
+def test_noisy_energies_accuse_no_unit(count):
+    """Forces, stress and magnetic forces are right; the energies are off by 30 meV, as between two branches."""
+    rng = np.random.default_rng(count)
+    for seed in range(6):
+        few = toy_labels(count, seed)
+        frames = [
+            make_frame(
+                SYMBOLS, x["positions"], x["cell"], True, x["moments"], results_of(x), x["magnetic_forces"], {}, ""
+            )
+            for x in few
+        ]
+        for _ in range(12):
+            for atoms, label in zip(frames, few, strict=True):
+                atoms.calc.results["energy"] = label["energy"] + 0.03 * rng.normal()
+            refuse_other_units(frames, {"forces": "eV/A", "stress": "eV/A3", "magnetic_forces": "eV/muB"})
+            settle_signs(frames, 1, 1, HOW)
+
+
+def results_of(label):
+    stress = np.array([label["virial"][a, b] for a, b in VOIGT]) / abs(np.linalg.det(label["cell"]))
+    return {"energy": label["energy"], "forces": label["forces"], "stress": stress}
+
+
+def test_errors_count_frames_not_pairs(labels, tmp_path):
+    """The error that is stated is that of many repetitions: noise of one energy is in all pairs of its frame."""
+    frames = read_renamed_as_ref(renamed_frames(toy_labels(20, 3)), tmp_path)
+    exact = [atoms.calc.results["energy"] for atoms in frames]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        for atoms, energy in zip(frames, exact, strict=True):
+            atoms.calc.results["energy"] = energy + 0.01 * rng.normal()
+        found.append(sign_evidence(frames))
+    for name in ("forces", "stress", "magnetic_forces"):
+        scatter = np.std([evidence[name].factor for evidence in found])
+        stated = np.sqrt(np.mean([evidence[name].error ** 2 for evidence in found]))
+        widened = t.isf(norm.sf(3.0), 20 - 1 - 3) / 3.0
+        assert stated / widened == pytest.approx(scatter, rel=0.25)
+
+
+def test_magnetic_forces_along_the_moments_alone(tmp_path, capsys):
+    """One number for each atom is along z only where the moments are; along other moments it has a name of its own."""
+    few = toy_labels(8, 4)
+    for label in few[1:]:
+        size = np.linalg.norm(label["moments"], axis=1, keepdims=True)
+        axis = few[0]["moments"] / np.linalg.norm(few[0]["moments"], axis=1, keepdims=True)
+        label.update(toy_label(label["positions"] @ np.linalg.inv(label["cell"]), label["cell"], size * axis))
+    frames = renamed_frames(few)
+    for atoms, label in zip(frames, few, strict=True):
+        axis = label["moments"] / np.linalg.norm(label["moments"], axis=1, keepdims=True)
+        atoms.arrays["along"] = -(label["magnetic_forces"] * axis).sum(1)
+    write(tmp_path / "a.xyz", frames)
+    names = ["energy=REF_energy", "forces=REF_forces", "stress=REF_stress", "moments=REF_magmom"]
+    command = ["extxyz", tmp_path / "a.xyz", "-o", tmp_path / "b.extxyz", "--map", *names]
+    assert run(*command, "magnetic_forces=along") == 2
+    assert "magnetic_forces_parallel" in capsys.readouterr().err
+    assert run(*command, "magnetic_forces=REF_magforces", "magnetic_forces_parallel=along") == 2
+    assert "name only one of them" in capsys.readouterr().err
+    assert run(*command, "magnetic_forces_parallel=along") == 2
+    assert "contradict the sign given for magnetic forces" in capsys.readouterr().err
+    assert run(*command, "magnetic_forces_parallel=along", "--magnetic-sign", "derivative") == 0
+    found = read_labels(tmp_path / "b.extxyz")
+    expected = [-atoms.arrays["along"] for atoms in frames]
+    assert np.allclose([label.magnetic_forces_parallel for label in found], expected, atol=1e-7)
+    assert not np.isfinite([label.magnetic_forces for label in found]).any()
+
+
+def test_frames_without_energy_are_left_out(labels, tmp_path, capsys):
+    documents = [matpes_document(label, k) for k, label in enumerate(labels)]
+    documents[2]["energy"] = None
+    (tmp_path / "m.json").write_text(json.dumps(documents))
+    command = ["matpes", tmp_path / "m.json", "--moments", "bader", "-o", tmp_path / "b.extxyz", "--drop", "stress"]
+    assert run(*command, "--drop", "forces", "stress") == 0
+    assert "7 labels of 4 parents, 0 without moments and 1 without energy left out" in capsys.readouterr().out
+    assert [atoms.info["name"] for atoms in read_checked(tmp_path / "b.extxyz")][1:3] == ["matpes-1_1", "matpes-1_3"]
+    (tmp_path / "m.json").write_text(json.dumps([documents[2]]))
+    assert run(*command) == 2
+    assert "no frame of" in capsys.readouterr().err
+
+
+def test_ids_that_are_numbers_stay_names(labels, tmp_path, capsys):
+    documents = [matpes_document(x, k, matpes_id=str(10**k), provenance={}) for k, x in enumerate(labels)]
+    (tmp_path / "m.json.gz").write_bytes(gzip.compress(json.dumps(documents).encode()))
+    command = ["matpes", tmp_path / "m.json.gz", "--moments", "bader", "-o", tmp_path / "b.extxyz"]
+    command += ["--drop", "forces", "stress"]
+    assert run(*command) == 0
+    assert read_checked(tmp_path / "b.extxyz")[1].info["parent"] == "m-10"
+    assert run(*command, "--code", "6.4") == 2
+    assert "--code 6.4 would be read back as a number" in capsys.readouterr().err
+
+
+def test_parents_of_many_frames_are_those_of_every_comparison():
+    """Frames that differ by less than formats round are one parent, wherever the numbers are cut for the search."""
+    rng = np.random.default_rng(5)
+    places = rng.uniform(0.0, 3.0, (40, 2, 3))
+    frames = []
+    for _ in range(6):
+        for place in places:
+            shift = rng.uniform(-4e-6, 4e-6, (2, 3))
+            frames.append(Atoms("Fe2", positions=place + shift, cell=3.0 * np.eye(3), pbc=True))
+    parents = [atoms.info["parent"] for atoms in with_parents(frames, "x")]
+    assert parents == 6 * [f"x-{k}" for k in range(40)]
+
+
 def test_other_wrong_sizes(labels, tmp_path, capsys):
     """Factors that no unit explains are refused too, unless moments without magnetic forces may explain them."""
     doubled = [{**label, "magnetic_forces": 2 * label["magnetic_forces"]} for label in labels]
@@ -504,6 +611,15 @@ def test_bad_input_is_one_sentence(labels, tmp_path, capsys):
     (tmp_path / "o.json").write_text(json.dumps([{"bader_magmoms": [1.0], "energy": 1.0, "functional": "PBE"}]))
     (tmp_path / "empty").mkdir()
     types = ["--types", "0=Al", "1=Fe"]
+    names = ["--map", "energy=REF_energy", "moments=REF_magmom"]
+    (tmp_path / "a.txt").write_text(cfg.read_text())
+    for name, changes in (("bader", {"bader_magmoms": ["a"] * 3}), ("ragged", {"stress": [[1, 2], [3]]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps([matpes_document(labels[0], 0, **changes)]))
+    (tmp_path / "scalar.json").write_text(json.dumps([matpes_document(labels[0], 0, bader_magmoms=2.0)]))
+    frame = renamed_frames(labels[:1])[0]
+    frame.info["soc"] = "yes"
+    write(tmp_path / "soc.xyz", frame)
+    write_deepmd(tmp_path / "spins", labels[:2])
     cases = [
         (["mlip", cfg], "--types"),
         (["mlip", cfg, "--types", "0=Al"], "type 1"),
@@ -515,6 +631,14 @@ def test_bad_input_is_one_sentence(labels, tmp_path, capsys):
         (["mlip", tmp_path / "text.cfg", *types], "BEGIN_CFG"),
         (["mlip", cfg, *types, "--moments", "bader"], "matpes alone"),
         (["mlip", cfg, cfg, *types], "same name"),
+        (["mlip", cfg, tmp_path / "a.txt", *types], "same name"),
+        (["matpes", tmp_path / "bader.json", "--moments", "bader"], "moments are not numbers"),
+        (["matpes", tmp_path / "ragged.json", "--moments", "bader"], "stress are not numbers"),
+        (["matpes", tmp_path / "scalar.json", "--moments", "bader"], "moments has shape ()"),
+        (["extxyz", tmp_path / "soc.xyz", *names], "soc=yes: give 0"),
+        (["extxyz", tmp_path / "soc.xyz", *names, "stress=a", "virials=b"], "name only one of them"),
+        (["extxyz", tmp_path / "soc.xyz", *names, "virials=b", "--stress-unit", "GPa"], "not for virials"),
+        (["deepmd", tmp_path / "spins", "--types", "0=Al"], "leave out --types"),
         (["matpes", tmp_path / "m.json", "--moments", "bader"], "not JSON"),
         (["matpes", tmp_path / "n.json", "--moments", "bader"], "list of documents"),
         (["matpes", tmp_path / "o.json", "--moments", "bader"], "structure"),

@@ -836,7 +836,7 @@ def test_canted_labels_repeat_within_an_epoch(teacher, labels, tmp_path):
     listed = [*labels["train"], *canted, *canted]
 
     def weights(train_labels, **settings):
-        settings = recipe(restrain_every=0, learning_rate=1e-3, **settings)
+        settings = recipe(restrain_every=0, learning_rate=1e-3, keep="last", **settings)
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         return weights_of(train(train_labels, labels["valid"], settings, folder, start=Start(teacher)).model)
 
@@ -993,11 +993,24 @@ def test_recipes_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         ({"least_stiffness": {"Al": "soft", "others": 1}}, "least_stiffness is 'soft': give a number above 0"),
         ({"least_stiffness": {"Al": 1.5}}, "least_stiffness has no 'others'"),
         ({"least_stiffness": {"al": 1.5, "others": 1}}, "least_stiffness has 'al': give formulas"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: give a finite number"),
+        ({"tolerances": {"transverse": -0.1}}, "transverse is -0.1: it must be at least 0"),
+        ({"model": {"channels": 0}}, "channels is 0, but must be at least 1"),
+        ({"model": {"channels": "16"}}, "channels is '16': give a whole number"),
+        ({"model": {"channels": 2.5}}, "channels is 2.5: give a whole number"),
+        ({"model": {"cutoff": "5"}}, "cutoff is '5': give a number"),
+        ({"model": {"cutoff": -1}}, "cutoff is -1, but must be above 0"),
+        ({"model": {"wall": -5}}, "wall is -5, but must be above 0"),
+        ({"model": {"radial_mlp": 64}}, "radial_mlp is 64: give a list of whole numbers"),
+        ({"model": {"radial_mlp": [64, 0]}}, "radial_mlp is .64, 0., but must be widths of at least 1"),
+        ({"model": {"magnetic": "no"}}, "magnetic is 'no': give true or false"),
     ):
         path = tmp_path / "recipe.json"
         path.write_text(json.dumps(content))
         with pytest.raises(RecipeError, match=message):
             read_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_recipe(tmp_path)
     with pytest.raises(RecipeError, match="no recipe"):
         read_recipe(tmp_path / "nowhere.json")
 

@@ -11,7 +11,7 @@ from ase.data import atomic_numbers
 
 from ..errors import LabelError
 from .deepmd import read_deepmd
-from .importing import refuse_other_units, settle_signs, sign_evidence
+from .importing import MAGNETIC, as_name, refuse_other_units, settle_signs, sign_evidence, stem_of
 from .matpes import MOMENTS, read_matpes
 from .mlip import read_mlip
 from .renamed import NAMES, STRESS_UNITS, read_renamed
@@ -55,19 +55,26 @@ def _convert(args: argparse.Namespace) -> int:
     from ..labels.files import write_labels
 
     _refuse_options_of_others(args)
-    stems = [Path(path).resolve().name for path in args.inputs]
-    if len(set(stems)) < len(stems):
+    if len({stem_of(path) for path in args.inputs}) < len(args.inputs):
         raise LabelError("two inputs have the same name, so their parents would be mixed: convert them one by one.")
     if not Path(args.output).resolve().parent.is_dir():
         raise LabelError(f"the folder of {args.output} does not exist: make it first.")
+    if Path(args.output).is_dir():
+        raise LabelError(f"{args.output} is a folder: give a file for the labels.")
     frames: list[Atoms] = []
     skipped = 0
     for path in args.inputs:
         read, left = _read(args, path)
         frames, skipped = [*frames, *read], skipped + left
+    found = len(frames)
+    frames = [atoms for atoms in frames if "energy" in atoms.calc.results]
+    if not frames:
+        raise LabelError(f"no frame of {' '.join(args.inputs)} has an energy, which a label needs: give other files.")
     for atoms in frames:
         for name in args.drop:
-            (atoms.arrays if name == "magnetic_forces" else atoms.calc.results).pop(name, None)
+            for kind in MAGNETIC if name == "magnetic_forces" else (name,):
+                atoms.arrays.pop(kind, None)
+                atoms.calc.results.pop(kind, None)
         atoms.info["code"] = args.code or atoms.info.get("code", "unknown")
         atoms.info["recipe"] = args.recipe or atoms.info.get("recipe", f"imported from {args.format}")
     refuse_other_units(frames, _units(args))
@@ -75,7 +82,10 @@ def _convert(args: argparse.Namespace) -> int:
     settle_signs(frames, stress, magnetic, HOW)
     write_labels(args.output, frames)
     parents = {atoms.info["parent"] for atoms in frames}
-    print(f"{args.output}: {len(frames)} labels of {len(parents)} parents, {skipped} without moments left out.")
+    print(
+        f"{args.output}: {len(frames)} labels of {len(parents)} parents, {skipped} without moments and "
+        f"{found - len(frames)} without energy left out."
+    )
     for name, evidence in sign_evidence(frames).items():
         if evidence.pairs:
             verdict = "agree with the energies" if evidence.sign > 0 else "not settled by the energies"
@@ -130,6 +140,12 @@ def _refuse_options_of_others(args: argparse.Namespace) -> None:
     for name, formats in owners.items():
         if getattr(args, name) and args.format not in formats:
             raise LabelError(f"--{name.replace('_', '-')} is for {' and '.join(formats)} alone: leave it out.")
+    if args.stress_unit and "virials" in _split(args.map, "--map"):
+        raise LabelError("--stress-unit is for a stress, not for virials, which are energies: leave it out.")
+    for name in ("code", "recipe"):
+        given = getattr(args, name)
+        if given and as_name(given, name) != given:
+            raise LabelError(f"--{name} {given} would be read back as a number: put a word before it.")
 
 
 def _types(words: Sequence[str]) -> dict[int, str]:

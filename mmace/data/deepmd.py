@@ -43,6 +43,8 @@ def read_deepmd(
     folder = Path(path)
     kinds = [_whole(word, folder / "type.raw") for word in text_of(folder / "type.raw").split()]
     if (folder / "type_map.raw").exists():
+        if types:
+            raise LabelError(f"{folder} has a type_map.raw, which names the elements: leave out --types.")
         names: Mapping[int, str] = dict(enumerate(text_of(folder / "type_map.raw").split()))
     elif types:
         names = types

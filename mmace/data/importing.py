@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io.extxyz import key_val_str_to_dict
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import Bohr, GPa, Hartree, Rydberg
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import norm, t
 
 from ..errors import LabelError
 from .labels import SAME_GEOMETRY
 
 TERMS = ("forces", "stress", "magnetic_forces")
+MAGNETIC = ("magnetic_forces", "magnetic_forces_parallel")  # whole, or known along the moments alone
 NEIGHBOURS = 4
 MAX_FRAMES = 1000  # of one composition in the check of signs
 MAX_STRAIN, MAX_SHIFT, MAX_TURN = 0.08, 0.3, 0.8  # logarithmic strain, Å, µB between two frames of a pair
@@ -26,6 +31,7 @@ SMALL_WORK = 1e-3  # eV; pairs with less say little
 ACCEPTED = 0.35  # a coefficient this close to ±1, and a standard error below a third of it, settles a sign
 CERTAIN = 5.0  # standard errors from ±1 that, beyond ACCEPTED, tell another unit
 FEWEST_PAIRS = 6
+SIGMAS = 3.0  # at which the standard errors of few frames are widened to be as rarely exceeded as those of many
 UNMODELLED = 8.0  # a factor that constrained moments whose magnetic forces are not in the file may explain
 UNITS = {
     "forces": {"eV/A": 1.0, "eV/Bohr": 1 / Bohr, "Ry/Bohr": Rydberg / Bohr, "Ha/Bohr": Hartree / Bohr},
@@ -50,7 +56,7 @@ class SignEvidence:
     factor : float
         About 1 where sign and unit are right, about -1 where the sign is turned round; NaN without pairs.
     error : float
-        Standard error.
+        Standard error by energies that are off independently of each other, widened where the frames are few.
     pairs : int
         Pairs of frames that were compared.
     """
@@ -100,8 +106,8 @@ def make_frame(
         µB; (N,) is along z.
     results : mapping
         `energy` eV, `forces` (N, 3) eV/Å, `stress` (6,) eV/Å^3 in ASE's sign; what is None is not known.
-    magnetic_forces : ndarray (N, 3) or None
-        eV/µB, NaN where not known.
+    magnetic_forces : ndarray (N, 3) or (N,), or None
+        eV/µB, NaN where not known; (N,) is -dE/d|m|, the component along the moments alone.
     info : mapping
         `parent`, `name`, `code`, `recipe`.
     where : str
@@ -118,24 +124,37 @@ def make_frame(
     for key, value in results.items():
         if value is not None:
             known[key] = _finite(value, shapes[key], key, where)
-    moments = np.asarray(moments, dtype=float)
-    if moments.ndim == 1:
-        moments = np.outer(moments, [0.0, 0.0, 1.0])
+    vectors = _numbers(moments, "moments", where)
+    if vectors.ndim == 1:
+        vectors = np.outer(vectors, [0.0, 0.0, 1.0])
     try:
         atoms = Atoms(symbols, positions=_finite(positions, (n_atoms, 3), "positions", where), cell=cell, pbc=pbc)
     except (KeyError, ValueError) as error:
         raise LabelError(f"{where} does not hold a structure ({error}): mend the file.") from None
-    atoms.set_initial_magnetic_moments(_finite(moments, (n_atoms, 3), "moments", where))
+    atoms.set_initial_magnetic_moments(_finite(vectors, (n_atoms, 3), "moments", where))
     if "energy" in known:
         known["energy"] = float(known["energy"])
     atoms.calc = SinglePointCalculator(atoms, **known)
     if magnetic_forces is not None:
-        array = np.asarray(magnetic_forces, dtype=float)
-        if array.shape != (n_atoms, 3):
+        array = _numbers(magnetic_forces, "magnetic forces", where)
+        if array.shape not in ((n_atoms, 3), (n_atoms,)):
             raise LabelError(f"{where}: magnetic forces have shape {array.shape}, but ({n_atoms}, 3) is needed.")
-        atoms.arrays["magnetic_forces"] = array
+        atoms.arrays[MAGNETIC[0 if array.ndim == 2 else 1]] = array
     atoms.info.update({"soc": 0, **info})
     return atoms
+
+
+def stem_of(path: str | os.PathLike[str]) -> str:
+    """Name of a file without its ending, or of a folder: what names of labels and parents begin with."""
+    place = Path(path).resolve()
+    return place.name if place.is_dir() else Path(place.name.removesuffix(".gz")).stem
+
+
+def as_name(value: Any, stem: str) -> str:
+    """A value as a name: `stem` is put before one that would be read back as a number or truth value."""
+    text = str(value)
+    is_text = isinstance(key_val_str_to_dict(f"x={text}")["x"], str)
+    return text if is_text else f"{stem}-{text}"
 
 
 def unknown_where_empty(magnetic_forces: np.ndarray, moments: np.ndarray) -> np.ndarray:
@@ -146,18 +165,20 @@ def unknown_where_empty(magnetic_forces: np.ndarray, moments: np.ndarray) -> np.
 
 def with_parents(frames: Sequence[Atoms], stem: str) -> list[Atoms]:
     """Frames of one geometry get one parent, so that a split cannot put one crystal on both sides."""
-    known: dict[tuple[str, ...], list[np.ndarray]] = defaultdict(list)
-    names: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    known: dict[tuple[tuple[str, ...], int], list[tuple[np.ndarray, str]]] = defaultdict(list)
     count = 0
     for atoms in frames:
         kind = tuple(atoms.get_chemical_symbols())
         geometry = np.concatenate([atoms.cell.array, atoms.positions]).ravel()
-        same = np.flatnonzero([np.abs(other - geometry).max() < SAME_GEOMETRY for other in known[kind]])
-        if not len(same):
-            known[kind].append(geometry)
-            names[kind].append(f"{stem}-{count}")
+        # equal geometries have nearly equal means, so that only a few have to be compared
+        place = int(np.floor(geometry.mean() / SAME_GEOMETRY))
+        near = [entry for step in (-1, 0, 1) for entry in known.get((kind, place + step), ())]
+        name = next((name for other, name in near if np.abs(other - geometry).max() < SAME_GEOMETRY), None)
+        if name is None:
+            name = f"{stem}-{count}"
+            known[kind, place].append((geometry, name))
             count += 1
-        atoms.info["parent"] = names[kind][int(same[0]) if len(same) else -1]
+        atoms.info["parent"] = name
     return list(frames)
 
 
@@ -196,10 +217,10 @@ def refuse_other_units(frames: Sequence[Atoms], read_as: Mapping[str, str]) -> N
     LabelError
         Names the quantity and the unit that it appears to be in, where one of `UNITS` fits.
     """
-    rows = _work_of_pairs(frames)
-    evidence = _fitted(rows)
+    pairs = _work_of_pairs(frames)
+    evidence = _fitted(pairs)
     held = [name for name in ("stress", "magnetic_forces", "forces") if any(_holds(atoms, name) for atoms in frames)]
-    trials = {name: _in_other_units(rows, name, read_as.get(name)) for name in held if not evidence[name].sign}
+    trials = {name: _in_other_units(pairs, name, read_as.get(name)) for name in held if not evidence[name].sign}
     for name, trial in trials.items():
         for unit, found in trial.items():
             if found.sign:
@@ -216,7 +237,7 @@ def refuse_other_units(frames: Sequence[Atoms], read_as: Mapping[str, str]) -> N
             )
 
 
-def _in_other_units(rows: np.ndarray, name: str, read_as: str | None) -> dict[str, SignEvidence]:
+def _in_other_units(pairs: _Pairs, name: str, read_as: str | None) -> dict[str, SignEvidence]:
     """Evidence on one quantity, were the file in each of the other units; none where its unit has no name."""
     if read_as is None:
         return {}
@@ -225,7 +246,7 @@ def _in_other_units(rows: np.ndarray, name: str, read_as: str | None) -> dict[st
         scales = np.ones(1 + len(TERMS))
         scales[1 + TERMS.index(name)] = value / UNITS[name][read_as]
         if unit != read_as:
-            trial[unit] = _fitted(rows * scales)[name]
+            trial[unit] = _fitted(replace(pairs, work=pairs.work * scales))[name]
     return trial
 
 
@@ -272,13 +293,15 @@ def settle_signs(frames: Sequence[Atoms], stress: int | None, magnetic: int | No
             for atoms in frames:
                 if name == "stress" and "stress" in atoms.calc.results:
                     atoms.calc.results["stress"] *= -1.0
-                elif name == "magnetic_forces" and name in atoms.arrays:
-                    atoms.arrays[name] *= -1.0
+                elif name == "magnetic_forces":
+                    for kind in MAGNETIC:
+                        if kind in atoms.arrays:
+                            atoms.arrays[kind] *= -1.0
 
 
 def voigt(stress: Any, where: str) -> np.ndarray:
     """Components xx, yy, zz, yz, xz, xy of six numbers in that order, nine, or 3 × 3."""
-    array = np.asarray(stress, dtype=float)
+    array = _numbers(stress, "stress", where)
     if array.shape == (9,):
         array = array.reshape(3, 3)
     if array.shape == (3, 3):
@@ -301,15 +324,19 @@ def text_of(path: str | os.PathLike[str], opener: Callable[..., Any] = open) -> 
 
 def _holds(atoms: Atoms, name: str) -> bool:
     if name == "magnetic_forces":
-        return name in atoms.arrays and bool(np.nan_to_num(atoms.arrays[name]).any())
+        return any(kind in atoms.arrays and bool(np.nan_to_num(atoms.arrays[kind]).any()) for kind in MAGNETIC)
     return name in atoms.calc.results
 
 
-def _finite(values: Any, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
+def _numbers(values: Any, what: str, where: str) -> np.ndarray:
     try:
-        array = np.array(values, dtype=float)
+        return np.array(values, dtype=float)
     except (TypeError, ValueError):
         raise LabelError(f"{where}: {what} are not numbers: mend the file.") from None
+
+
+def _finite(values: Any, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
+    array = _numbers(values, what, where)
     if array.shape != shape:
         raise LabelError(f"{where}: {what} has shape {array.shape}, but {shape} is needed.")
     if not np.isfinite(array).all():
@@ -317,43 +344,69 @@ def _finite(values: Any, shape: tuple[int, ...], what: str, where: str) -> np.nd
     return array
 
 
-def _work_of_pairs(frames: Sequence[Atoms]) -> np.ndarray:
-    """Energy differences and work (eV) by forces, stress and magnetic forces, (P, 4), of pairs of nearby frames."""
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of nearby frames: energy difference and work (eV) by forces, stress and magnetic forces, (P, 4)."""
+
+    work: np.ndarray
+    frames: np.ndarray  # (P, 2) numbers of the two
+
+
+def _work_of_pairs(frames: Sequence[Atoms]) -> _Pairs:
+    """Energy differences and work of pairs of nearby frames of the same atoms."""
     groups: dict[tuple[str, ...], list[Atoms]] = defaultdict(list)
     for atoms in frames:
         if "energy" in atoms.calc.results and atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) > 0:
             groups[tuple(atoms.get_chemical_symbols())].append(atoms)
-    constrained = any("magnetic_forces" in atoms.arrays for atoms in frames)
-    rows = []
+    constrained = any(name in atoms.arrays for name in MAGNETIC for atoms in frames)
+    work: list[list[float]] = []
+    numbers: list[tuple[int, int]] = []
+    first = 0
     for group in groups.values():
         step = -(-len(group) // MAX_FRAMES)
-        rows += _pairs(group[::step], constrained)
-    return np.array(rows).reshape(-1, 4)
+        for (one, other), row in _pairs(group[::step], constrained):
+            work.append(row)
+            numbers.append((first + one, first + other))
+        first += len(group)
+    return _Pairs(np.array(work).reshape(-1, 4), np.array(numbers, dtype=int).reshape(-1, 2))
 
 
-def _fitted(table: np.ndarray) -> dict[str, SignEvidence]:
-    """Factors on the three kinds of work that give the energy differences best."""
+def _fitted(pairs: _Pairs) -> dict[str, SignEvidence]:
+    """Factors on the three kinds of work that give the energy differences best.
+
+    The energy of a frame is in all pairs of it, so that the errors of pairs are not independent: those of the frames
+    are taken to be, and around a ring of frames the energies say nothing.
+    """
     unknown = {name: SignEvidence(np.nan, np.nan, 0) for name in TERMS}
-    table = table[np.abs(table[:, 1:]).sum(1) > SMALL_WORK]
-    table = table / np.abs(table[:, 1:]).sum(1, keepdims=True)
+    size = np.abs(pairs.work[:, 1:]).sum(1)
+    kept = size > SMALL_WORK
+    table = pairs.work[kept] / size[kept, None]
     present = [k for k in range(3) if np.any(np.abs(table[:, 1 + k]) > 0.05)]
-    if len(table) < len(present) + 2 or not present:
+    if not present:
         return unknown
+    numbers = np.unique(pairs.frames[kept], return_inverse=True)[1].reshape(-1, 2)
+    order = np.repeat(np.arange(len(table)), 2)
+    signs = np.array([-1.0, 1.0]) / size[kept, None]
+    incidence = coo_array((signs.ravel(), (order, numbers.ravel()))).tocsr()
+    parts = connected_components(abs(incidence.T @ incidence), directed=False)[0]
+    freedom = incidence.shape[1] - parts - len(present)
     design = table[:, [1 + k for k in present]]
     factors, _, rank, _ = np.linalg.lstsq(design, table[:, 0], rcond=1e-6)
-    if rank < len(present):
+    if rank < len(present) or freedom < 1:
         return unknown
-    variance = np.sum((table[:, 0] - design @ factors) ** 2) / (len(table) - len(present))
-    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.inv(design.T @ design)), 0.0))
+    basis = np.linalg.qr(design)[0]
+    explained = incidence.T @ basis
+    variance = np.sum((table[:, 0] - design @ factors) ** 2) / (incidence.power(2).sum() - np.sum(explained**2))
+    few = t.isf(norm.sf(SIGMAS), freedom) / SIGMAS
+    errors = few * np.sqrt(variance) * np.linalg.norm(incidence.T @ np.linalg.pinv(design).T, axis=0)
     for k, factor, error in zip(present, factors, errors, strict=True):
-        pairs = int(np.sum(np.abs(table[:, 1 + k]) > 0.05))
-        unknown[TERMS[k]] = SignEvidence(float(factor), float(error), pairs)
+        count = int(np.sum(np.abs(table[:, 1 + k]) > 0.05))
+        unknown[TERMS[k]] = SignEvidence(float(factor), float(error), count)
     return unknown
 
 
-def _pairs(group: Sequence[Atoms], constrained: bool) -> list[list[float]]:
-    """Energy differences and the three terms of work (eV) of each frame with its nearest ones."""
-    rows = []
+def _pairs(group: Sequence[Atoms], constrained: bool) -> Iterator[tuple[tuple[int, int], list[float]]]:
+    """Numbers of each frame and its nearest ones, with energy difference and the three terms of work (eV)."""
     done = set()
     cells = np.array([atoms.cell.array for atoms in group])
     scaled = np.array([atoms.cell.scaled_positions(atoms.positions) for atoms in group])
@@ -373,8 +426,7 @@ def _pairs(group: Sequence[Atoms], constrained: bool) -> list[list[float]]:
             done.add(pair)
             work = _work(group[k], group[other], shift[other], moments[other] - moments[k], constrained)
             if work is not None:
-                rows.append(work)
-    return rows
+                yield (k, int(other)), work
 
 
 def _work(a: Atoms, b: Atoms, shift: np.ndarray, turn: np.ndarray, constrained: bool) -> list[float] | None:
@@ -397,9 +449,24 @@ def _work(a: Atoms, b: Atoms, shift: np.ndarray, turn: np.ndarray, constrained: 
         by_stress = float((voigt_6_to_full_3x3_stress(mean) * strain).sum())
     turned = np.abs(turn).max(1) > 1e-7
     if constrained and turned.any():
-        if not ("magnetic_forces" in a.arrays and "magnetic_forces" in b.arrays):
+        at_a, at_b = _magnetic_forces_toward(a, turn), _magnetic_forces_toward(b, turn)
+        if at_a is None or at_b is None:
             return None
-        mean = 0.5 * (a.arrays["magnetic_forces"] + b.arrays["magnetic_forces"])
-        by_moments = -float((mean * turn)[turned].sum())
+        by_moments = -float((0.5 * (at_a + at_b) * turn)[turned].sum())
     row = [b.calc.results["energy"] - a.calc.results["energy"], by_forces, by_stress, by_moments]
     return row if np.isfinite(row).all() else None
+
+
+def _magnetic_forces_toward(atoms: Atoms, turn: np.ndarray) -> np.ndarray | None:
+    """Magnetic forces (N, 3), eV/µB, for changes `turn` of the moments; None where they are not known that way."""
+    if "magnetic_forces" in atoms.arrays:
+        return atoms.arrays["magnetic_forces"]
+    if "magnetic_forces_parallel" not in atoms.arrays:
+        return None
+    moments = atoms.get_initial_magnetic_moments()
+    size = np.linalg.norm(moments, axis=1, keepdims=True)
+    axis = np.divide(moments, size, out=np.zeros_like(moments), where=size > 0)
+    across = turn - (turn * axis).sum(1, keepdims=True) * axis
+    if np.abs(across).max() > 1e-6:
+        return None
+    return atoms.arrays["magnetic_forces_parallel"][:, None] * axis

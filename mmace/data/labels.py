@@ -19,6 +19,7 @@ from ..structures import moments_of
 
 SAME_GEOMETRY = 1e-5  # Å; file formats round
 SAME_MOMENT = 1e-6  # µB
+REACHED = 2e-3  # µB; how far moments of a label may be from those that were calculated
 SAME_ENERGY = 1e-7  # eV
 
 Composition = frozenset[tuple[str, int]]
@@ -135,8 +136,7 @@ def read_labels(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         for path in paths
         for index, atoms in enumerate(read_frames(path))
     ]
-    for members in groups_of(labels):
-        _check_group(members)
+    check_groups(labels)
     return labels
 
 
@@ -146,7 +146,8 @@ def label_from_atoms(atoms: Atoms, where: str) -> LabelledStructure:
     Raises
     ------
     LabelError
-        Moments are missing or not finite, a quantity has the wrong shape, or `soc` is neither 0 nor 1.
+        Moments are missing, not finite or not those that were calculated, a quantity has the wrong shape, or `soc` is
+        neither 0 nor 1.
     """
     n_atoms = len(atoms)
     if not atoms.has("initial_magmoms"):
@@ -156,12 +157,17 @@ def label_from_atoms(atoms: Atoms, where: str) -> LabelledStructure:
     except ValueError as error:
         raise LabelError(f"{where}: {error}") from None
     soc = atoms.info.get("soc", 0)
-    if soc not in (0, 1):
+    if np.ndim(soc) or soc not in (0, 1):
         raise LabelError(f"{where} has soc={soc}: give 0 without or 1 with spin-orbit coupling.")
     group = atoms.info.get("anisotropy_group")
     if group is not None and not soc:
         raise LabelError(f"{where} is in an anisotropy_group but has soc=0: directions differ only with soc=1.")
     results = {} if atoms.calc is None else atoms.calc.results
+    _check_reached(moments, results.get("magmoms"), where)
+    try:
+        energy = float(results.get("energy", np.nan))
+    except (TypeError, ValueError):
+        raise LabelError(f"{where}: the energy is {results['energy']!r}, which is no number.") from None
     name = str(atoms.info.get("name", where))
     return LabelledStructure(
         symbols=tuple(atoms.get_chemical_symbols()),
@@ -169,7 +175,7 @@ def label_from_atoms(atoms: Atoms, where: str) -> LabelledStructure:
         cell=_frozen(atoms.cell.array, (3, 3), "the cell", where),
         pbc=(bool(atoms.pbc[0]), bool(atoms.pbc[1]), bool(atoms.pbc[2])),
         moments=_frozen(moments, (n_atoms, 3), "initial_magmoms", where),
-        energy=float(results.get("energy", np.nan)),
+        energy=energy,
         forces=_frozen(results.get("forces"), (n_atoms, 3), "forces", where),
         stress=_frozen(results.get("stress"), (6,), "stress", where),
         magnetic_forces=_frozen(atoms.arrays.get("magnetic_forces"), (n_atoms, 3), "magnetic_forces", where),
@@ -190,6 +196,18 @@ def groups_of(labels: Iterable[LabelledStructure]) -> list[list[LabelledStructur
         if label.anisotropy_group is not None:
             groups.setdefault(label.anisotropy_group, []).append(label)
     return list(groups.values())
+
+
+def check_groups(labels: Iterable[LabelledStructure]) -> None:
+    """Check that each anisotropy group is one structure of one parent.
+
+    Raises
+    ------
+    LabelError
+        Names two labels that share a group and nothing else.
+    """
+    for members in groups_of(labels):
+        _check_group(members)
 
 
 def fingerprint(labels: Iterable[LabelledStructure]) -> str:
@@ -227,11 +245,28 @@ def read_frames(path: str | os.PathLike[str]) -> list[Atoms]:
 
 
 def _frozen(values: np.ndarray | None, shape: tuple[int, ...], what: str, where: str) -> np.ndarray:
-    array = np.full(shape, np.nan) if values is None else np.array(values, dtype=float)
+    try:
+        array = np.full(shape, np.nan) if values is None else np.array(values, dtype=float)
+    except (TypeError, ValueError):
+        raise LabelError(f"{where}: {what} are not numbers.") from None
     if array.shape != shape:
         raise LabelError(f"{where}: {what} has shape {array.shape}, but {shape} is needed.")
     array.flags.writeable = False
     return array
+
+
+def _check_reached(moments: np.ndarray, calculated: np.ndarray | None, where: str) -> None:
+    """Raise where a file holds calculated moments beside those that it calls the label's."""
+    if calculated is None:
+        return
+    vectors = np.asarray(calculated, dtype=float)
+    if vectors.ndim == 1:
+        vectors = np.outer(vectors, [0.0, 0.0, 1.0])
+    if vectors.shape != moments.shape or np.abs(vectors - moments).max() > REACHED:
+        raise LabelError(
+            f"{where} has other magmoms than initial_magmoms: a label needs the moments that were reached; "
+            "`mmace convert extxyz` takes the magmoms."
+        )
 
 
 def _with(values: np.ndarray, atoms: np.ndarray, value: float) -> np.ndarray:

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from ase.data import chemical_symbols
 from ase.units import GPa
 
 from ..errors import LabelError
-from .importing import make_frame, text_of, voigt
+from .importing import as_name, make_frame, stem_of, text_of, voigt
 
 MOMENTS = {"bader": ("bader_magmoms",), "ddec6": ("ddec6", "spin_moments")}
 
@@ -60,9 +59,9 @@ def read_matpes(path: str | os.PathLike[str], moments: str, functional: str | No
     frames = []
     for index, entry in enumerate(content):
         values = _looked_up(entry, MOMENTS[moments])
-        if values is None or any(value is None for value in values):
+        if values is None or (isinstance(values, list) and None in values):
             continue
-        frames.append(_frame(entry, values, moments, functional, f"document {index} of {path}", Path(path), index))
+        frames.append(_frame(entry, values, moments, functional, f"document {index} of {path}", stem_of(path), index))
     if not frames:
         raise LabelError(
             f"{path} has no document with {'.'.join(MOMENTS[moments])}: choose other moments, or another release."
@@ -72,18 +71,18 @@ def read_matpes(path: str | os.PathLike[str], moments: str, functional: str | No
 
 def _frame(
     entry: Mapping[str, Any],
-    moments: list[float],
+    moments: Any,
     kind: str,
     functional: str | None,
     where: str,
-    path: Path,
+    stem: str,
     index: int,
 ) -> Atoms:
     stress = entry.get("stress")
     functional = entry.get("functional") or functional
     if functional is None:
         raise LabelError(f"{where} does not name its functional: give --functional, such as r2SCAN.")
-    name = str(entry.get("matpes_id") or entry.get("material_id") or f"{path.name.split('.')[0]}-{index}")
+    name = entry.get("matpes_id") or entry.get("material_id") or f"{stem}-{index}"
     origin = _looked_up(entry, ("provenance", "original_mp_id"))
     symbols, positions, cell = _structure(entry, where)
     return make_frame(
@@ -91,7 +90,7 @@ def _frame(
         positions,
         cell,
         True,
-        np.array(moments, dtype=float),
+        moments,
         {
             "energy": entry.get("energy"),
             "forces": entry.get("forces"),
@@ -99,10 +98,10 @@ def _frame(
         },
         None,
         {
-            "name": name,
-            "parent": str(origin or name),
+            "name": as_name(name, stem),
+            "parent": as_name(origin or name, stem),
             "code": "VASP",
-            "recipe": f"{path.name.split('.')[0]} {functional}, {kind} moments",
+            "recipe": f"{stem} {functional}, {kind} moments",
         },
         where,
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from ..errors import LabelError
-from .importing import make_frame, text_of, unknown_where_empty, with_parents
+from .importing import make_frame, stem_of, text_of, unknown_where_empty, with_parents
 
 COLUMNS = {
     "forces": ("fx", "fy", "fz"),
@@ -46,7 +45,7 @@ def read_mlip(path: str | os.PathLike[str], types: Mapping[int, str]) -> list[At
     blocks = list(_blocks(text_of(path), str(path)))
     if not blocks:
         raise LabelError(f"{path} holds no BEGIN_CFG: give a .cfg file of the MLIP package.")
-    stem = Path(path).stem
+    stem = stem_of(path)
     frames = [
         _frame(lines, types, f"configuration {index} of {path}", f"{stem}-{index}")
         for index, lines in enumerate(blocks)

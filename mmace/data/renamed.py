@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.io.extxyz import key_val_str_to_dict
 
 from ..errors import LabelError
-from .importing import UNITS, make_frame, voigt, with_parents
+from .importing import UNITS, as_name, make_frame, stem_of, voigt, with_parents
 from .labels import read_frames
 
 NAMES = {
@@ -22,6 +20,7 @@ NAMES = {
     "virials": "virials",
     "moments": "magmoms",
     "magnetic_forces": "magnetic_forces",
+    "magnetic_forces_parallel": "magnetic_forces_parallel",
     "parent": "parent",
     "name": "name",
     "code": "code",
@@ -42,8 +41,9 @@ def read_renamed(
     path : path
     names : mapping, optional
         What the file calls `energy`, `forces`, `stress` (or, instead, `virials`, -V σ in eV), `moments`,
-        `magnetic_forces`, `parent`, `name`, `code`, `recipe`, `soc`, `anisotropy_group`. Those left out keep ASE's
-        names, the moments `magmoms`. A quantity that is named must be in every frame.
+        `magnetic_forces` (or, instead, `magnetic_forces_parallel`, -dE/d|m|), `parent`, `name`, `code`, `recipe`,
+        `soc`, `anisotropy_group`. Those left out keep ASE's names, the moments `magmoms`. A quantity that is named
+        must be in every frame.
     stress_unit : str
         eV/A3, GPa or kbar.
 
@@ -63,7 +63,10 @@ def read_renamed(
         raise LabelError(f"there is no quantity {unknown[0]} to name: choose among {', '.join(NAMES)}.")
     if stress_unit not in STRESS_UNITS:
         raise LabelError(f"there is no unit {stress_unit} of stress: choose among {', '.join(STRESS_UNITS)}.")
-    stem = Path(path).stem
+    for one, other in (("stress", "virials"), ("magnetic_forces", "magnetic_forces_parallel")):
+        if one in given and other in given:
+            raise LabelError(f"{one} and {other} say the same: name only one of them.")
+    stem = stem_of(path)
     frames = []
     orphans = []
     for index, atoms in enumerate(read_frames(path)):
@@ -73,13 +76,6 @@ def read_renamed(
             orphans.append(frame)
     with_parents(orphans, stem)
     return frames
-
-
-def _name(value: Any, stem: str) -> str:
-    """A value as a name: the file's is put before one that would be read back as a number or truth value."""
-    text = str(value)
-    is_text = isinstance(key_val_str_to_dict(f"x={text}")["x"], str)
-    return text if is_text else f"{stem}-{text}"
 
 
 def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem: str, index: int) -> Atoms:
@@ -108,10 +104,19 @@ def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem
     for key in ("parent", "name", "code", "recipe", "anisotropy_group"):
         value = find(key)
         if value is not None:
-            notes[key] = _name(value, stem)
+            notes[key] = as_name(value, stem)
     soc = find("soc")
+    if soc is not None and (np.ndim(soc) or soc not in (0, 1)):
+        raise LabelError(f"{where} has soc={soc}: give 0 without or 1 with spin-orbit coupling.")
     magnetic = find("magnetic_forces")
-    if magnetic is not None and np.ndim(magnetic) == 1:
+    if magnetic is None:
+        magnetic = find("magnetic_forces_parallel")
+    elif np.ndim(magnetic) == 1:
+        if np.ndim(moments) == 2 and np.any(np.asarray(moments)[:, :2]):
+            raise LabelError(
+                f"{where} has one magnetic force for each atom, but moments that are not along z: name them "
+                "magnetic_forces_parallel where they are -dE/d|m|, or leave them out."
+            )
         magnetic = np.outer(magnetic, [0.0, 0.0, 1.0])
     frame = make_frame(
         atoms.get_chemical_symbols(),

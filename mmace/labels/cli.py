@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..data import PARTS, Splits, label_from_atoms, read_splits
+from ..data import PARTS, Splits, check_groups, label_from_atoms, read_splits
 from ..errors import LabelError
 from . import check
 from .collecting import collect, earlier_labels, earlier_rejections
@@ -269,6 +269,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{name}: {_counts(folder / name, found, splits)}")
         places += [name] * len(found)
         frames += found
+    check_groups(label_from_atoms(atoms, str(atoms.info["name"])) for atoms in frames)
     leaks = []
     for one, other in find_duplicates(frames):
         what = " and ".join(f"{frames[k].info['name']} of {places[k]}" for k in (one, other))

@@ -10,7 +10,8 @@ import numpy as np
 from ase import Atoms
 from ase.io import write
 
-from ..data.labels import label_from_atoms, read_frames
+from ..data import LabelledStructure, check_groups, label_from_atoms
+from ..data.labels import read_frames
 from ..errors import LabelError
 from ..files import whole_file
 
@@ -27,8 +28,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_labels(path: str | Path, frames: Sequence[Atoms]) -> None:
     """Write frames as extended XYZ, atomically, after checking each against the contract."""
-    for index, atoms in enumerate(frames):
-        check_frame(atoms, f"frame {index} for {str(path)!r}")
+    check_groups(check_frame(atoms, f"frame {index} for {str(path)!r}") for index, atoms in enumerate(frames))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
@@ -44,13 +44,12 @@ def read_checked(path: str | Path) -> list[Atoms]:
         Names file, frame and fault.
     """
     frames = read_frames(path)
-    for index, atoms in enumerate(frames):
-        check_frame(atoms, f"{str(path)!r}, frame {index}")
+    check_groups(check_frame(atoms, f"{str(path)!r}, frame {index}") for index, atoms in enumerate(frames))
     return frames
 
 
-def check_frame(atoms: Atoms, where: str) -> None:
-    """Check one frame against the contract: what training reads, provenance, and no number that is not finite.
+def check_frame(atoms: Atoms, where: str) -> LabelledStructure:
+    """Label of one frame that meets the contract: what training reads, provenance, and no number that is not finite.
 
     Parameters
     ----------
@@ -82,6 +81,7 @@ def check_frame(atoms: Atoms, where: str) -> None:
         raise LabelError(f"{where}: initial_magmoms must be {len(atoms)}×3 numbers, in µB")
     if np.isinf(label.magnetic_forces).any():
         raise LabelError(f"{where}: magnetic_forces are infinite; give NaN where they are not known")
+    return label
 
 
 def write_checksums(folder: str | Path) -> None:
@@ -109,7 +109,13 @@ def check_checksums(folder: str | Path) -> list[str]:
         lines = (folder / CHECKSUMS).read_text().splitlines()
     except OSError as error:
         raise LabelError(f"cannot read {str(folder / CHECKSUMS)!r}: {error.strerror}") from None
-    sums = {line.split(maxsplit=1)[1]: line.split()[0] for line in lines if line.strip()}
+    sums = {}
+    for line in lines:
+        match line.split(maxsplit=1):
+            case [digest, name]:
+                sums[name.removeprefix("*")] = digest
+            case [_]:
+                raise LabelError(f"{str(folder / CHECKSUMS)!r} has a line {line!r} without a name; fetch it again")
     for name in sorted(sums.keys() | {path.name for path in folder.glob("*.extxyz")}):
         if name not in sums:
             raise LabelError(f"{str(folder / name)!r} is not in {CHECKSUMS}; collect the labels again")

@@ -26,6 +26,7 @@ from .loop import Outcome, Start, train
 from .plot import plot_log
 from .recipe import PARTS, Recipe, read_recipe
 
+REPLAYED = 0.5  # share of an epoch
 STAGE_NOTES = ("mmace_version", "recipe", "seed", "bootstrap", "labels", "replay", "finetuned_from", "best_epoch")
 
 
@@ -70,7 +71,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     tune.add_argument("--replay", nargs="+", metavar="FILE", default=[], help="labels that must not be forgotten")
     tune.add_argument("--replay-splits", nargs="+", metavar="FILE", help="replay the training parents of these alone")
     tune.add_argument(
-        "--replay-fraction", type=float, default=0.5, metavar="X", help="their share of an epoch (default %(default)s)"
+        "--replay-fraction", type=float, metavar="X", help=f"their share of an epoch (default {REPLAYED})"
     )
     tune.add_argument("--shift-energies", action="store_true", help="fit the atoms' energies to another zero of energy")
     tune.set_defaults(run=_finetune)
@@ -127,15 +128,19 @@ def _train(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace) -> int:
     _set_machine(args)
-    if not 0.0 <= args.replay_fraction < 1.0:
-        raise MMACEError(f"--replay-fraction is {args.replay_fraction}: give at least 0 and below 1.")
+    for name in ("replay_splits", "replay_fraction"):
+        if getattr(args, name) is not None and not args.replay:
+            raise MMACEError(f"--{name.replace('_', '-')} is for replayed labels: give them with --replay.")
+    replay_fraction = REPLAYED if args.replay_fraction is None else args.replay_fraction
+    if not 0.0 <= replay_fraction < 1.0:
+        raise MMACEError(f"--replay-fraction is {replay_fraction}: give at least 0 and below 1.")
     train_labels, valid_labels = _labels(args)
     replay = read_labels(args.replay) if args.replay else []
     if args.replay_splits:
         replay = read_splits(args.replay_splits).select(replay, "train")
     test_parents = read_splits(args.splits).test if args.splits else frozenset()
     _check_replay(replay, {label.parent for label in valid_labels} | test_parents)
-    fraction = args.replay_fraction if replay else 0.0
+    fraction = replay_fraction if replay else 0.0
     runs = []
     for file in model_files(args.model):
         model, earlier = (
@@ -210,7 +215,7 @@ def _train_all(
         state = "finished" if outcome.finished else "stopped; the same command goes on"
         console.print(
             f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {member.recipe.epochs}, "
-            f"best at {outcome.best_epoch}."
+            + (f"best at {outcome.best_epoch}." if outcome.best_epoch else "none better than the start.")
         )
     if len(runs) > 1 and processes.first:
         files = [f"member-{k}/model.safetensors" for k in range(len(runs))]
@@ -273,10 +278,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     _set_machine(args)
     if args.json:
         _writable_folder(Path(args.json).parent, create=False)
+        if Path(args.json).is_dir():
+            raise MMACEError(f"{args.json} is a folder: give a file for the errors.")
     labels = read_labels(args.labels)
     splits = read_splits(args.splits) if args.splits else None
     files = model_files(args.model)
-    predictions = [predict(load_model(file, device=args.device), labels) for file in files]
+    models = [load_model(file, device=args.device) for file in files]
+    if len({model.elements for model in models}) > 1:
+        raise MMACEError("the members of the committee differ in elements: use models of one kind.")
+    predictions = [predict(model, labels) for model in models]
     results = report(labels, predictions, splits.part_of if splits else None)
     print(table(results))
     if args.json:

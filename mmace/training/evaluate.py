@@ -259,8 +259,13 @@ def report(
     mean = mean_prediction(members)
 
     def by(key: Callable[[LabelledStructure], str]) -> dict[str, dict[str, int | float | None]]:
-        names = sorted({key(label) for label in labels})
-        return {name: _errors_where(labels, mean, [key(label) == name for label in labels]) for name in names}
+        places: dict[str, list[int]] = {}
+        for k, label in enumerate(labels):
+            places.setdefault(key(label), []).append(k)
+        return {
+            name: errors_of([labels[k] for k in kept], [mean[k] for k in kept]).to_dict()
+            for name, kept in sorted(places.items())
+        }
 
     result: dict[str, Any] = {**errors_of(labels, mean).to_dict(), "n_members": len(members)}
     if part_of is not None:
@@ -364,15 +369,6 @@ def _anisotropy(
         labelled_parts.append((reference - reference.mean()) * unit)
         error_parts.append((found - found.mean() - reference + reference.mean()) * unit)
     return np.concatenate(labelled_parts), np.concatenate(error_parts)
-
-
-def _errors_where(
-    labels: Sequence[LabelledStructure],
-    predictions: Sequence[Prediction],
-    keep: Sequence[bool],
-) -> dict[str, int | float | None]:
-    kept = [k for k, wanted in enumerate(keep) if wanted]
-    return errors_of([labels[k] for k in kept], [predictions[k] for k in kept]).to_dict()
 
 
 def _rms(values: np.ndarray) -> float | None:

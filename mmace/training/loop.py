@@ -85,7 +85,7 @@ class Outcome:
     epoch : int
         Epochs done.
     best_epoch : int
-        Epoch of the weights in `model`.
+        Epoch of the weights in `model`; 0 where none is better than the weights that the run started from.
     best_score : float
         Their validation score, the mean over structures of log(1 + loss).
     """
@@ -285,6 +285,8 @@ class _Run:
         before = self.seconds
         if self.processes.first:
             (self.folder / "recipe.json").write_text(json.dumps(self.identity, indent=1) + "\n")
+        if self.start is not None and self.step == 0 and self.recipe.keep == "best":
+            self.best_score = self.lowest_score = self._score(self._model_with(self.best))[1]
         records = self._records_until_checkpoint()
         limit = math.inf if max_minutes is None else 60.0 * max_minutes
         while not self._finished() and (stop_after is None or self.epoch < stop_after):
@@ -330,20 +332,19 @@ class _Run:
         if self.start is None or not 0.0 < self.start.fraction < 1.0:
             return 0, 0
         wanted = self.start.fraction / (1.0 - self.start.fraction) * (len(self.labels) + len(self.groups))
-        share = len(self.replay) / max(len(self.replay) + len(self.replay_groups), 1)
-        return (
-            min(len(self.replay), round(wanted * share)),
-            min(len(self.replay_groups), round(wanted * (1.0 - share))),
-        )
+        known = len(self.replay) + len(self.replay_groups)
+        if not known:
+            return 0, 0
+        replayed = round(wanted * len(self.replay) / known)
+        return replayed, round(wanted) - replayed
 
     def _epoch_batches(self) -> list[tuple[list[LabelBatch], list[DirectionBatch]]]:
         """Batches of this epoch; the order depends on seed and epoch alone, so a resumed run repeats it."""
         labels, groups = self.labels, self.groups
         if self.replayed or self.replayed_groups:
             draw = self._rng(REPLAY_STREAM, self.epoch)
-            labels = labels + [self.replay[k] for k in draw.permutation(len(self.replay))[: self.replayed]]
-            chosen = draw.permutation(len(self.replay_groups))[: self.replayed_groups]
-            groups = groups + [self.replay_groups[k] for k in chosen]
+            labels = labels + _drawn(self.replay, self.replayed, draw)
+            groups = groups + _drawn(self.replay_groups, self.replayed_groups, draw)
         rng = self._rng(ORDER_STREAM, self.epoch)
         label_parts = np.array_split(rng.permutation(len(labels)), self.steps_per_epoch)
         group_parts = np.array_split(rng.permutation(len(groups)), self.steps_per_epoch)
@@ -389,16 +390,9 @@ class _Run:
         return rate * min(1.0, self.step / max(recipe.warmup_steps, 1))
 
     def _validate(self) -> dict[str, Any]:
-        """Errors of the averaged weights on the validation labels, remembered if they are the best so far.
-
-        The score is the mean logarithm of each structure's loss, so that one strange structure does not choose.
-        """
+        """Errors of the averaged weights on the validation labels, remembered if they are the best so far."""
         model = self._model_with(self.average)
-        losses = [_mean_loss(model, part, self.recipe, create_graph=False) for part in self.processes.share(self.valid)]
-        parts = self.processes.gathered([[float(getattr(loss, name)) for name in TERMS] for loss in losses])
-        values = np.array([parts[k % len(parts)][k // len(parts)] for k in range(len(self.valid))])
-        terms = values.mean(0)
-        score = float(np.log1p(values.sum(1)).mean())
+        terms, score = self._score(model)
         trained = sum(self.processes.gathered(self.terms)) / self.terms_steps
         train_terms = dict(zip(TERMS, trained.tolist(), strict=True))
         self.terms, self.terms_steps = np.zeros(len(TERMS)), 0
@@ -419,6 +413,16 @@ class _Run:
             "best_epoch": self.best_epoch,
             "valid": errors,
         }
+
+    def _score(self, model: MagneticMACE) -> tuple[np.ndarray, float]:
+        """Loss terms on the validation labels, and the mean logarithm of each structure's loss.
+
+        By the logarithm one strange structure does not choose the weights.
+        """
+        losses = [_mean_loss(model, part, self.recipe, create_graph=False) for part in self.processes.share(self.valid)]
+        parts = self.processes.gathered([[float(getattr(loss, name)) for name in TERMS] for loss in losses])
+        values = np.array([parts[k % len(parts)][k // len(parts)] for k in range(len(self.valid))])
+        return values.mean(0), float(np.log1p(values.sum(1)).mean())
 
     def _predictions(self, model: MagneticMACE) -> list[Prediction]:
         """Predictions for the validation labels, each label or group by one process."""
@@ -459,6 +463,9 @@ class _Run:
             "lowest_epoch": self.lowest_epoch,
             "lowest_score": self.lowest_score if math.isfinite(self.lowest_score) else None,
         }
+        # before the checkpoint: what is later than that is run again, what is missing would be lost
+        with whole_file(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
         write_checkpoint(self.folder / "checkpoint.safetensors", tensors, state)
         notes = {
             **self.metadata,
@@ -467,8 +474,6 @@ class _Run:
             "best_epoch": str(self.best_epoch),
         }
         save_model(self._model_with(self.best), self.folder / "model.safetensors", notes)
-        with whole_file(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         device = self.model.device
@@ -495,7 +500,10 @@ class _Run:
         log = self.folder / "log.jsonl"
         if self.epoch == 0 or not log.exists():
             return []
-        records = [json.loads(line) for line in log.read_text().splitlines()]
+        try:
+            records = [json.loads(line) for line in log.read_text().splitlines()]
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise MMACEError(f"{log} is damaged: mend it, or delete it to go on without the earlier epochs.") from None
         return [record for record in records if record["epoch"] <= self.epoch]
 
 
@@ -595,6 +603,12 @@ def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 def _largest_anisotropy(group: DirectionBatch) -> float:
     """Largest labelled energy about the mean of one group, eV/atom."""
     return float(group.energy.value.abs().max()) / len(group.graph.species)
+
+
+def _drawn(items: list[T], count: int, rng: np.random.Generator) -> list[T]:
+    """So many items in random order; where there are fewer, all of them over and over."""
+    rounds = -(-count // len(items)) if items else 0
+    return [items[k] for _ in range(rounds) for k in rng.permutation(len(items))][:count]
 
 
 def _redrawn(items: list[T], parents: Sequence[str], rng: np.random.Generator) -> list[T]:

@@ -161,13 +161,18 @@ class Recipe:
     dtype: str = "float64"
 
     def __post_init__(self) -> None:
-        _check_types(self, "the recipe's")
-        _check_types(self.tolerances, "the recipe's tolerance")
+        _check_types(asdict(self), Recipe, "the recipe's")
+        _check_types(asdict(self.tolerances), Tolerances, "the recipe's tolerance")
         unknown = sorted(set(self.model) - set(MODEL_SETTINGS))
         if unknown:
             raise RecipeError(
                 f"the recipe's model has no setting {unknown[0]}: choose among {', '.join(MODEL_SETTINGS)}."
             )
+        _check_types(self.model, ModelConfig, "the recipe's model setting")
+        try:
+            ModelConfig(elements=(), moment_scale={}, carriers=(), **self.model)
+        except ValueError as error:
+            raise RecipeError(f"the recipe's model cannot be built: {error}") from None
         if self.part not in PARTS:
             raise RecipeError(f"the recipe trains the part {self.part}: choose {' or '.join(PARTS)}.")
         if self.restart and self.part == "all":
@@ -186,6 +191,11 @@ class Recipe:
             if not getattr(self.tolerances, name) > 0.0:
                 raise RecipeError(
                     f"the recipe's tolerance {name} is {getattr(self.tolerances, name)}: it must be above 0."
+                )
+        for name in ("relative", "relative_anisotropy", "transverse", "above_ground"):
+            if not getattr(self.tolerances, name) >= 0.0:
+                raise RecipeError(
+                    f"the recipe's tolerance {name} is {getattr(self.tolerances, name)}: it must be at least 0."
                 )
         if not 0.0 <= self.ema < 1.0:
             raise RecipeError(f"the recipe's ema is {self.ema}: it must be at least 0 and below 1.")
@@ -237,6 +247,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         settings = json.loads(file.read_text())
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {file}: give an existing JSON file.") from None
+    except OSError as error:
+        raise RecipeError(f"the recipe {file} cannot be read ({error.strerror}): give another file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not JSON ({error}): mend the recipe.") from None
     if not isinstance(settings, dict):
@@ -270,14 +282,20 @@ def _check_formulas(name: str, setting: Any) -> None:
             raise RecipeError(f"the recipe's {name} has {key!r}: give formulas such as FeAl, or {REST!r}.")
 
 
-def _check_types(settings: Any, what: str) -> None:
-    """Raise unless numbers are numbers and texts are texts."""
+def _check_types(values: Mapping[str, Any], settings: type, what: str) -> None:
+    """Raise unless those of some settings that should be numbers, texts or rows of numbers are."""
     kinds: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
     for setting in fields(settings):
-        value, kind = getattr(settings, setting.name), str(setting.type)
+        if setting.name not in values:
+            continue
+        value, kind = values[setting.name], str(setting.type)
+        if kind == "tuple[int, ...]" and not (isinstance(value, tuple) and all(type(x) is int for x in value)):
+            raise RecipeError(f"{what} {setting.name} is {value!r}: give a list of whole numbers.")
         if kind in kinds and (isinstance(value, bool) != (kind == "bool") or not isinstance(value, kinds[kind])):
             wanted = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}[kind]
             raise RecipeError(f"{what} {setting.name} is {value!r}: give {wanted}.")
+        if kind == "float" and not math.isfinite(value):
+            raise RecipeError(f"{what} {setting.name} is {value}: give a finite number.")
 
 
 def _check_names(values: Mapping[str, Any], kind: type, what: str) -> None:
