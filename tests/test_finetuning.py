@@ -362,6 +362,11 @@ def test_replay_has_its_share_and_changes_from_epoch_to_epoch(labels, tmp_path):
         assert len(seen[-1]) == 2
     assert len(set(seen)) > 1
     assert run_of(0.0)._replay_counts() == (0, 0)
+    few = run_of(0.9)  # nine times as many as the 8 new ones, more than there are
+    drawn = [x for labels_of_step, groups in few._epoch_batches() for x in (*labels_of_step, *groups)]
+    assert len(drawn) == 80
+    times = [sum(x is known for x in drawn) for known in few.replay]
+    assert max(times) - min(times) <= 1 < min(times)
 
 
 def test_labels_a_model_cannot_learn_are_refused(labels):

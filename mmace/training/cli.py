@@ -215,7 +215,11 @@ def _train_all(
         state = "finished" if outcome.finished else "stopped; the same command goes on"
         console.print(
             f"{folder / 'model.safetensors'}: {state}, epoch {outcome.epoch} of {member.recipe.epochs}, "
-            + (f"best at {outcome.best_epoch}." if outcome.best_epoch else "none better than the start.")
+            + (
+                "none better than the start."
+                if member.start and not outcome.best_epoch
+                else f"best at {outcome.best_epoch}."
+            )
         )
     if len(runs) > 1 and processes.first:
         files = [f"member-{k}/model.safetensors" for k in range(len(runs))]
