@@ -207,6 +207,13 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Change]
     return found
 
 
+def unshared(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the quantities that only the first of two records has, and of those that only the second has."""
+    kept = [[(s, name) for s, entries in r["systems"].items() for name in entries] for r in (first, second)]
+    only = [[name for s, name in own if (s, name) not in other] for own, other in (kept, kept[::-1])]
+    return only[0], only[1]
+
+
 def _change(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Change:
     moved, towards, known = float("nan"), "", b.get("reference")
     if a["value"] is not None and b["value"] is not None:

@@ -1,18 +1,16 @@
 """Run the tasks of a system: datasets on disk, numbers in memory. No comparison is made here."""
 
-import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import ase.io
-import mmace_props
 import numpy as np
 import xarray as xr
 from ase import Atoms
-from mmace_props.base import load_property, write_dataset
+from mmace_props import sources
+from mmace_props.base import LOST, load_property, write_dataset
 from mmace_props.eos import EosOptions, EquationOfState
 from mmace_props.errors import PropertyError
 from mmace_props.journal import Journal, fingerprint
@@ -28,8 +26,6 @@ VANISHED = 0.01
 """A moment below this, in µB, has vanished."""
 SAME_ZEROS = "MMACECalculator"
 """The calculator that was fitted to the labels' own total energies."""
-LOST = "members_without_result"
-"""Attribute of a property's dataset that names members without a result, and why."""
 WIDE = 0.3
 """Half-width of a window of volumes that leaves no point of a reference's curve out of the fit."""
 DERIVATIVES = ("forces", "stress", "magnetic_forces")
@@ -66,42 +62,8 @@ class Outcome:
 
 
 def identity(factory: str, model: str) -> dict[str, str]:
-    """Return what decides a number besides structure and options: the calculator, and the code that ran it.
-
-    A calculator need not say what it is, so the factory's name counts, with the source it is made of and the model's
-    file; so does the source of the suite, since a changed property is a changed number.
-
-    Parameters
-    ----------
-    factory : ``module:function``, or ``file.py:function``.
-    model : handed to the factory; a file's content counts, not its name alone.
-    """
-    place = factory.rpartition(":")[0]
-    code = Path(place)
-    if not place.endswith(".py"):
-        try:
-            spec = importlib.util.find_spec(place.partition(".")[0])
-        except (ImportError, ValueError):
-            spec = None
-        code = Path(spec.origin) if spec is not None and spec.origin is not None else Path()
-        code = code.parent if code.name == "__init__.py" else code
-    return {
-        "factory": factory,
-        "factory_source": _digest(code),
-        "model": model,
-        "model_file": _digest(Path(model), "*") if model and Path(model).exists() else "",
-        "suite": _digest(Path(mmace_props.__file__).parent),
-        "benchmark": _digest(Path(__file__)),
-    }
-
-
-def _digest(path: Path, names: str = "*.py") -> str:
-    """SHA-256 of a file, or of the files of some names below a folder; empty where there is neither."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob(names) if p.is_file()) if path != Path() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest() if files else ""
+    """Return what decides a number besides structure and options: calculator, suite, and the code of the benchmark."""
+    return {**sources.identity(factory, model), "benchmark": sources.digest(Path(__file__))}
 
 
 def run_system(

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from mmace_props.cli import DEFAULT_FACTORY, Parser, add_calculator, load_calculator, progress_bar
 from mmace_props.errors import PropertyError
-from mmace_props.files import check_writable, write_whole
+from mmace_props.files import check_writable, refuse_others, write_whole
 from mmace_props.protocol import SpinCalculator
 from rich.console import Console
 from rich.table import Table
 
-from .analyse import CHANGE_HEAD, Change, Line, cells_of, changes, compare, lines_of, record
+from .analyse import CHANGE_HEAD, Change, Line, cells_of, changes, compare, lines_of, record, unshared
 from .calculate import Outcome, identity, run_system
 from .derive import derive
 from .errors import BenchmarkError
@@ -162,6 +162,7 @@ def _regression(console: Console, systems: Sequence[System], results: dict[str, 
 def _compare(args: argparse.Namespace) -> int:
     if args.markdown is not None:
         check_writable(args.markdown)
+        refuse_others(args.markdown, {"the first result": args.first, "the second result": args.second}, "the table")
     first, second = (read_json(Path(path)) for path in (args.first, args.second))
     rows = [cells_of(change) for change in compare(first, second) if _counts(change, args.least)]
     table = Table(*CHANGE_HEAD)
@@ -169,8 +170,15 @@ def _compare(args: argparse.Namespace) -> int:
         table.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(table)
+    missing = [
+        f"only in {file}: {', '.join(names)}"
+        for file, names in zip((args.first, args.second), unshared(first, second), strict=True)
+        if names
+    ]
+    for line in missing:
+        console.print(line, soft_wrap=True)
     if args.markdown is not None:
-        text = markdown_table(CHANGE_HEAD, rows)
+        text = markdown_table(CHANGE_HEAD, rows) + "".join(f"\n{line}\n" for line in missing)
         write_whole(args.markdown, lambda temporary: Path(temporary).write_text(text))
         console.print(f"wrote {args.markdown}")
     return 0

@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage, the number of parts done, and their total."""
 
 GROUP = "mmace.properties"
+LOST = "members_without_result"
+"""Attribute of a dataset that names members of a committee without a result, and why."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -80,6 +82,26 @@ class Options:
                 raise OptionError(f"the option {name} must be positive")
         if getattr(self, "seed", 0) < 0:
             raise OptionError("the option seed cannot be negative")
+
+
+def refuse_idle(options: Options, names: Sequence[str], why: str) -> None:
+    """Refuse options that were changed from their defaults where they do nothing.
+
+    Raises
+    ------
+    OptionError : names the option, and `why` it does nothing.
+    """
+    defaults = {item.name: item.default for item in fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise OptionError(f"{name} does nothing where {why}; leave {name} out")
+
+
+def named_files(options: Options) -> list[str]:
+    """Return the files that options name."""
+    values = [getattr(options, item.name) for item in fields(options)]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [part for part in parts if isinstance(part, str) and Path(part).is_file()]
 
 
 def _plain(value: Any) -> Any:
@@ -272,7 +294,7 @@ class Property(ABC):
         dataset = shared.finish(dataset, asked)
         if failed:
             sentences = "; ".join(f"member {k + 1}: {' '.join(str(failed[k]).split())}" for k in sorted(failed))
-            dataset.attrs["members_without_result"] = sentences
+            dataset.attrs[LOST] = sentences
             warnings.warn(
                 f"mean and spread are over {len(kept)} of {len(members)} members of the committee ({sentences})",
                 stacklevel=2,

@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import math
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,13 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from .base import Options, Progress, Property, Row, as_json, load_property, plugins, write_dataset
+from .base import Options, Progress, Property, Row, as_json, load_property, named_files, plugins, write_dataset
 from .errors import CalculatorError, OptionError, PropertyError, did_you_mean
-from .files import check_dataset_place, check_writable
-from .journal import Journal
+from .files import check_dataset_place, check_writable, refuse_others
+from .journal import Journal, fingerprint
 from .protocol import MODES, SpinCalculator, moments_of
 from .provenance import magnetic_space_group
-from .structures import ORDERS, Start, formula, parse_moments, read_moments, read_structure, start_structure
+from .sources import digest, working_directory_searched
+from .structures import ORDERS, Order, Start, formula, parse_moments, read_moments, read_structure, start_structure
 
 DEFAULT_FACTORY = "mmace.calculator:from_options"
 WIDTH = 160
@@ -35,6 +37,8 @@ MOST_DECIMALS = 5
 """Longer numbers are written with an exponent."""
 SMALL_SPREAD = 1e-9
 """A spread below this is rounding, and says nothing about the digits of a value."""
+IMPORTING = threading.RLock()
+"""Held while a file is executed as a module."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,15 +48,15 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing the usage."""
         raise OptionError(message)
 
-    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse, and suggest the nearest option for one that does not exist."""
+    def parse_all(self, arguments: Sequence[str], stray: str = "one structure at a time") -> argparse.Namespace:
+        """Parse, and suggest the nearest option for one that does not exist; `stray` tells one argument too many."""
         found, rest = self.parse_known_args(list(arguments))
         if rest:
             known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             mistyped = rest[0].split("=")[0]
             if mistyped.startswith("-"):
                 raise OptionError(f"there is no option {mistyped}{did_you_mean(mistyped, known)}")
-            raise OptionError(f"'{mistyped}' is one argument too many; one structure at a time")
+            raise OptionError(f"'{mistyped}' is one argument too many; {stray}")
         return found
 
 
@@ -135,7 +139,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", required=True, metavar="PROGRAM", help=", ".join(PROGRAMS))
     parser.add_argument("-o", "--output", default=".", help="directory to write to (default: here)")
     parser.add_argument("--drop", action="store_true", help="leave out terms that the program does not hold")
-    args = parser.parse_all(arguments)
+    args = parser.parse_all(arguments, "one dataset at a time")
     try:
         with xr.open_dataset(args.dataset) as found:
             dataset = found.load()
@@ -225,9 +229,10 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
     prop = kind(moments=mode, **named)
     source = _source(args.structure, kind, prop)
     output = Path(args.output if args.output is not None else f"{Path(source).stem}_{kind.name}.nc")
-    others = {"the structure": source, "the file of the moments": moments_file or ""}
-    others |= {f"what {kind.name} writes": path for path in prop.written()}
-    check_dataset_place(output, others)
+    read = {"the structure": source, "the file of the moments": moments_file or "", **inputs(args, prop)}
+    check_dataset_place(output, read | {f"what {kind.name} writes": path for path in prop.written()})
+    for path in prop.written():
+        refuse_others(path, read, f"what {kind.name} writes")
     if args.plot is not None:
         from .plot import check_format
 
@@ -236,6 +241,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
 
         check_format(args.plot)
         check_writable(args.plot)
+        refuse_others(args.plot, read, "the plot")
         if Path(args.plot).resolve() == output.resolve():
             raise OptionError("the plot and the dataset cannot be the same file; name two")
     structure = read_structure(source)
@@ -245,6 +251,7 @@ def _property(kind: type[Property], arguments: Sequence[str]) -> int:
         calculator,
         order=args.order,
         table=table,
+        guess=guessed_order(named),
         moments=None if moments_file is None else read_moments(moments_file, structure),
     )
     _print_start(console, start, calculator, mode, named)
@@ -284,12 +291,32 @@ def _source(structure: str | None, kind: type[Property], prop: Property) -> str:
 
 
 def named_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the property by name; where it enumerates orders, ``--order auto`` asks for that."""
+    """Return the options of the property by name; where it enumerates orders, ``--order auto`` asks for that.
+
+    Raises
+    ------
+    OptionError : orders are enumerated, and one is named.
+    """
     named = {k.removeprefix("option_"): v for k, v in vars(args).items() if k.startswith("option_")}
     named = {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
     if args.order == "auto" and "orders" in named:
-        named["orders"], args.order = "auto", "fm"
+        named["orders"], args.order = "auto", None
+    if args.order is not None and named.get("orders") == "auto":
+        raise OptionError(f"with --orders auto every order is tried; leave --order {args.order} out")
     return named
+
+
+def guessed_order(options: Mapping[str, Any]) -> Order:
+    """Return the order in which moments are guessed: where orders are enumerated, their lengths alone count."""
+    return "fm" if options.get("orders") == "auto" else "auto"
+
+
+def inputs(args: argparse.Namespace, prop: Property) -> dict[str, str]:
+    """Return the files that a command reads beside its structures, by what they are."""
+    place = args.calculator.rpartition(":")[0]
+    found = {"the calculator": place, "the model": args.model}
+    found |= {f"what an option reads, '{f}'": f for f in named_files(prop.options) if f not in prop.written()}
+    return {what: path for what, path in found.items() if Path(path).is_file()}
 
 
 def moments_arguments(given: Sequence[str], default: str) -> tuple[str, dict[str, float] | None, str | None]:
@@ -354,11 +381,16 @@ def load_calculator(factory: str, model: str, soc: bool, moments: str, device: s
 
 
 def _import(place: str) -> Any:
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {place}")
-        name = f"_mmace_props_{path.stem}"
+    """Return a module; a file is executed once for each content it has."""
+    if not place.endswith(".py"):
+        with working_directory_searched():
+            return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {place}")
+    name = f"_mmace_props_{path.stem}_{fingerprint({'path': str(path.resolve()), 'source': digest(path)})[:12]}"
+    # dataclasses look their module up while it is executed, so it is registered before; no other thread may see it then
+    with IMPORTING:
         if name in sys.modules:
             return sys.modules[name]
         spec = importlib.util.spec_from_file_location(name, path)
@@ -372,12 +404,6 @@ def _import(place: str) -> Any:
             del sys.modules[name]
             raise
         return module
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        return importlib.import_module(place)
-    finally:
-        sys.path.remove(here)
 
 
 def _first(error: BaseException) -> str:

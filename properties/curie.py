@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.io.jsonio import encode
 from numpy.typing import NDArray
 
-from .base import Options, Progress, Property, Row, of_members, option, over_members, spread_of, variable
+from .base import Options, Progress, Property, Row, of_members, option, over_members, refuse_idle, spread_of, variable
 from .conventions import BOLTZMANN, G_FACTOR, HBAR
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .exchange import Exchange
@@ -122,6 +122,8 @@ class CurieOptions(Options):
                 raise OptionError(f"{name} cannot be {getattr(self, name)}; it lies between {low} and {high}")
         if self.model_samples < 8:
             raise OptionError(f"model_samples cannot be {self.model_samples}; give 8 or more")
+        if self.orders == "given":
+            refuse_idle(self, ("max_cells", "max_orders"), "the order is given, not auto")
 
 
 class Curie(Property):

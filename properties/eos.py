@@ -15,6 +15,7 @@ from scipy.optimize import brentq, least_squares
 from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
+from .orders import order_is_kept
 from .protocol import (
     SMALLEST_MOMENT,
     ZERO_MOMENT,
@@ -294,7 +295,7 @@ class EquationOfState(Property):
             curve, reached = self._curve(atoms, calculator, state, start, volumes)
             energies.append(curve / n)
             moments.append(reached)
-            kept.append([_keeps(start, m) for m in reached])
+            kept.append([order_is_kept(start, m) for m in reached])
             fits[state] = self._fits(state, volumes / n, curve / n)
         progress("states", len(states), len(states))
         names = list(states)
@@ -311,9 +312,7 @@ class EquationOfState(Property):
             "energy": variable(both, np.array(energies), "eV/atom", "energy"),
             "moment": variable(both, mean, "µB", "mean |m| of the atoms that carry a moment"),
             "site_moments": variable((*both, "site", "xyz"), np.array(moments), "µB", "moments reached"),
-            "order_kept": variable(
-                both, np.array(kept, dtype=float), "1", "1 where the moments keep the order they began in"
-            ),
+            "order_kept": variable(both, np.array(kept, dtype=float), "1", "1 where no moment vanished or turned over"),
             "E0": variable(one, field["e0"], "eV/atom", "energy at the minimum"),
             "V0": variable(one, field["v0"], "Å³/atom", "volume at the minimum"),
             "B0": variable(one, field["b0"] * GPA, "GPa", "bulk modulus"),
@@ -469,8 +468,3 @@ def _at_volume(atoms: Atoms, volume: float) -> Atoms:
     copy = bare(atoms)
     copy.set_cell(atoms.cell[:] * (volume / atoms.get_volume()) ** (1 / 3), scale_atoms=True)
     return copy
-
-
-def _keeps(start: Array, reached: Array) -> bool:
-    """Say whether moments still point along those they began with, all of them that carry any."""
-    return bool(np.all((start * reached).sum(axis=1) >= -1e-6 * np.abs(start).max(initial=1.0) ** 2))

@@ -28,8 +28,10 @@ def write_whole(path: str | Path, write: Callable[[str], Any]) -> None:
         write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written ({error.strerror or error}); choose another output") from error
+    except (OSError, RuntimeError) as error:
+        # netCDF says by a RuntimeError that the disk is full
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"'{path}' cannot be written ({reason}); choose another output") from error
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
@@ -48,14 +50,30 @@ def check_dataset_place(path: str | Path, others: Mapping[str, str | Path]) -> N
     OutputError : the place cannot be written, or holds something else.
     """
     check_writable(path)
+    refuse_others(path, others, "the dataset")
     target = Path(path)
-    for what, other in others.items():
-        if other and Path(other).resolve() == target.resolve():
-            raise OutputError(f"'{path}' is {what} already; name another file for the dataset")
     if target.is_file() and target.stat().st_size:
         with target.open("rb") as file:
             if not file.read(4).startswith(DATASETS):
                 raise OutputError(f"'{path}' is there and is no dataset; name another file, or remove it")
+
+
+def refuse_others(path: str | Path, others: Mapping[str, str | Path], purpose: str) -> None:
+    """Refuse a place that the same command reads or writes already.
+
+    Parameters
+    ----------
+    path : of a file to write.
+    others : files that the command reads or writes, by what they are.
+    purpose : what the file is for.
+
+    Raises
+    ------
+    OutputError : the place is one of the others.
+    """
+    for what, other in others.items():
+        if other and Path(other).resolve() == Path(path).resolve():
+            raise OutputError(f"'{path}' is {what} already; name another file for {purpose}")
 
 
 def check_writable(path: str | Path) -> None:

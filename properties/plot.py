@@ -335,7 +335,8 @@ def plot_relax(dataset: xr.Dataset) -> Figure:
         if values.max() > 0:
             middle.semilogy(step, np.where(values > 0, values, np.nan), "o-", ms=3, color=COLOURS[colour], label=label)
     middle.set_ylabel("largest residual")
-    middle.legend(frameon=False, fontsize=8)
+    if middle.lines:
+        middle.legend(frameon=False, fontsize=8)
     lower.plot(step, dataset["step_moment"].values, "o-", ms=3, color=COLOURS[2])
     lower.set_ylabel("mean |m|  (µB)")
     lower.set_xlabel("step")

@@ -160,7 +160,7 @@ def _asking(what: str) -> Iterator[None]:
         raise
     except PropertyNotImplementedError as error:
         raise errors.CalculatorError(f"the calculator does not give {what}") from error
-    except (ValueError, CalculatorError, CalculationFailed) as error:
+    except (ValueError, RuntimeError, CalculatorError, CalculationFailed) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise errors.CalculatorError(message) from error
 

@@ -16,7 +16,7 @@ from ase.io.jsonio import encode
 from ase.optimize import BFGS, FIRE, LBFGS
 from numpy.typing import NDArray
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, option, refuse_idle, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
@@ -346,6 +346,8 @@ class RelaxOptions(Options):
             raise OptionError(
                 f"a pressure does nothing where the cell is '{self.cell}'; relax it in full, or its volume"
             )
+        if self.orders == "given":
+            refuse_idle(self, ("max_cells", "max_orders"), "the order is given, not auto")
 
     def freedom(self) -> Freedom:
         """Return what is relaxed, in eV and Å."""

@@ -5,8 +5,10 @@ import csv
 import io
 import re
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from logging import ERROR
@@ -16,32 +18,42 @@ from typing import Any
 import joblib
 import numpy as np
 import xarray as xr
+from ase import Atoms
 from rich.console import Console
 from rich.table import Table
 
-from .base import Row, load_property, plugins, silent, variable, write_dataset
+from .base import LOST, Property, Row, load_property, named_files, plugins, silent, variable, write_dataset
 from .cli import (
     WIDTH,
     Parser,
     add_setup,
+    guessed_order,
+    inputs,
     load_calculator,
     moments_arguments,
     named_options,
     progress_bar,
 )
 from .errors import OptionError, PropertyError
-from .files import check_dataset_place, check_writable, write_whole
+from .files import check_dataset_place, check_writable, refuse_others, write_whole
 from .journal import Journal, fingerprint
 from .protocol import SpinCalculator
 from .provenance import attribute, versions
+from .sources import digest, identity
 from .structures import formula, read_structure, start_structure
 
 SUFFIXES = (".cif", ".mcif", ".vasp", ".poscar", ".extxyz", ".xyz")
 """Files taken from a directory; names that begin with POSCAR or CONTCAR too."""
 KEY_LENGTH = 16
+SAID = "warnings"
+"""Attribute of a structure's dataset with what was warned of when it was computed."""
 PRINTED = 4
 """Numbers of each structure that are printed; all are written."""
 COLUMN = 18
+NO_WORKERS = 10
+"""Seconds after which a scheduler without workers is given up."""
+ONE_AT_A_TIME = threading.Lock()
+"""Calculators, warnings and netCDF are shared by the threads of a process."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class Outcome:
     rows : the table of the result, none where it failed.
     failure : the sentence of the error, empty where there was none.
     dataset : file of the result.
+    note : what the property says about its result, and warnings on the way there.
+    members_without_result : of a committee, and why.
     """
 
     file: str
@@ -90,6 +104,8 @@ class Outcome:
     rows: tuple[Row, ...] = ()
     failure: str = ""
     dataset: str = ""
+    note: str = ""
+    members_without_result: str = ""
 
 
 def structure_files(paths: Sequence[str | Path]) -> list[str]:
@@ -121,11 +137,12 @@ def structure_files(paths: Sequence[str | Path]) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def _calculator(factory: str, model: str, soc: bool, mode: str, device: str, dtype: str) -> SpinCalculator:
-    return load_calculator(factory, model, soc, mode, device, dtype)
+def _calculator(origin: tuple[tuple[str, str], ...], soc: bool, mode: str, device: str, dtype: str) -> SpinCalculator:
+    """Return the calculator of an `identity`, for a changed source or model is another."""
+    return load_calculator(dict(origin)["factory"], dict(origin)["model"], soc, mode, device, dtype)
 
 
-def run_one(file: str, setup: Setup, folder: str) -> Outcome:
+def run_one(file: str, setup: Setup, folder: str, origin: Mapping[str, str] | None = None, place: str = ".") -> Outcome:
     """Compute the property of one structure, or find it done.
 
     Parameters
@@ -134,43 +151,83 @@ def run_one(file: str, setup: Setup, folder: str) -> Outcome:
     setup : everything else.
     folder : where each result is kept as a dataset of its own, named after the structure and the hash of everything
         that decides it.
+    origin : `identity` of calculator and suite, which this process must share; None takes its own.
+    place : directory that all paths are relative to.
 
     Returns
     -------
     The outcome; an error becomes its sentence.
     """
+    with ONE_AT_A_TIME:
+        try:
+            with chdir(place):
+                return _run_here(file, setup, folder, origin)
+        except OSError as error:
+            return Outcome(file, failure=f"the worker does not see '{error.filename}' ({error.strerror})")
+
+
+def _run_here(file: str, setup: Setup, folder: str, origin: Mapping[str, str] | None) -> Outcome:
     symbols = ""
     try:
-        kind = load_property(setup.name)
-        prop = kind(moments=setup.mode, **setup.options)
-        calculator = _calculator(setup.factory, setup.model, setup.soc, setup.mode, setup.device, setup.dtype)
-        atoms = read_structure(file)
-        symbols = formula(atoms)
-        start = start_structure(atoms, calculator, order=setup.order, table=setup.table)
-        key = {
-            "atoms": start.atoms,
-            "property": setup.name,
-            "options": asdict(prop.options),
-            "calculator": calculator.provenance(),
-            "setup": [setup.factory, setup.model, setup.soc, setup.mode, setup.dtype],
-        }
-        target = Path(folder) / f"{Path(file).stem}-{fingerprint(key)[:KEY_LENGTH]}.nc"
-        journal = Journal.beside(target)
-        if _read(target) is None:
-            dataset = prop.run(start.atoms, calculator, silent, journal)
-            dataset.attrs["initial_moments_origin"] = start.origin
-            dataset.attrs["structure_file"] = Path(file).name
-            write_dataset(dataset, target)
+        prop = load_property(setup.name)(moments=setup.mode, **setup.options)
+        here = identity(setup.factory, setup.model)
+        differing = [k.replace("_", " ") for k in here if origin is not None and here[k] != origin[k]]
+        if differing:
+            raise PropertyError(f"the worker has another {' and '.join(differing)} than the command; restart it")
+        with warnings.catch_warnings():
+            # the command loads the calculator itself, and has told them
+            warnings.simplefilter("ignore")
+            calculator = _calculator(tuple(here.items()), setup.soc, setup.mode, setup.device, setup.dtype)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            atoms = read_structure(file)
+            symbols = formula(atoms)
+            start = start_structure(
+                atoms, calculator, order=setup.order, table=setup.table, guess=guessed_order(setup.options)
+            )
+            target = Path(folder) / f"{Path(file).stem}-{_key(prop, setup, start.atoms, calculator, here)}.nc"
+            journal = Journal.beside(target)
+            known = calculator.has("provenance") or here["factory_source"]
+            if not known or _read(target) is None:
+                dataset = prop.run(start.atoms, calculator, silent, journal)
+                dataset.attrs["initial_moments_origin"] = start.origin
+                dataset.attrs["structure_file"] = Path(file).name
+                if texts := _sentences(said, str(dataset.attrs.get(LOST, ""))):
+                    dataset.attrs[SAID] = "; ".join(texts)
+                write_dataset(dataset, target)
         journal.clear()
         done = _read(target)
         if done is None:
             raise PropertyError(f"the dataset '{target}' cannot be read back; remove it")
-        return Outcome(file, symbols, start.origin, tuple(prop.summary(done)), dataset=target.name)
+        note = "; ".join(str(done.attrs[k]) for k in ("note", SAID) if done.attrs.get(k))
+        lost = str(done.attrs.get(LOST, ""))
+        rows = tuple(prop.summary(done))
+        return Outcome(file, symbols, start.origin, rows, dataset=target.name, note=note, members_without_result=lost)
     except PropertyError as error:
         return Outcome(file, symbols, failure=" ".join(str(error).split()))
     except Exception as error:
         text = " ".join(str(error).split())
         return Outcome(file, symbols, failure=f"unexpected {type(error).__name__}: {text}")
+
+
+def _key(prop: Property, setup: Setup, atoms: Atoms, calculator: SpinCalculator, origin: Mapping[str, str]) -> str:
+    """Return the hash of everything that decides a result."""
+    key = {
+        "atoms": atoms,
+        "property": setup.name,
+        "options": asdict(prop.options),
+        "files": {name: digest(Path(name)) for name in named_files(prop.options)},
+        "calculator": calculator.provenance(),
+        "setup": [setup.soc, setup.mode, setup.dtype],
+        "origin": origin,
+    }
+    return fingerprint(key)[:KEY_LENGTH]
+
+
+def _sentences(said: Sequence[warnings.WarningMessage], lost: str) -> list[str]:
+    """Return what was warned of, once each, without what the dataset says of lost members."""
+    texts = [" ".join(str(w.message).split()) for w in said if issubclass(w.category, UserWarning)]
+    return [text for text in dict.fromkeys(texts) if not (lost and lost in text)]
 
 
 def _read(path: Path) -> xr.Dataset | None:
@@ -185,7 +242,7 @@ def screen(
     files: Sequence[str],
     setup: Setup,
     folder: str | Path,
-    jobs: int = 1,
+    jobs: int | None = None,
     dask: str = "",
     tell: Callable[[str, int, int], None] = silent,
 ) -> list[Outcome]:
@@ -199,8 +256,9 @@ def screen(
     files : structures.
     setup : everything else that decides the results.
     folder : of the datasets; made where it does not exist.
-    jobs : processes on this machine.
-    dask : ``local`` for a Dask cluster of `jobs` workers here, or the address of a scheduler; empty for joblib's own.
+    jobs : processes on this machine, None for one; a scheduler has workers of its own.
+    dask : ``local`` for a Dask cluster of `jobs` workers here, or the address of a scheduler, whose workers see the
+        same files under the same paths; empty for joblib's own.
     tell : called as ``tell(stage, done, total)``.
 
     Returns
@@ -213,7 +271,8 @@ def screen(
     """
     _check_options(setup.options)
     found: dict[str, Outcome] = {}
-    tasks = [joblib.delayed(run_one)(file, setup, str(folder)) for file in files]
+    origin, place = identity(setup.factory, setup.model), str(Path.cwd())
+    tasks = [joblib.delayed(run_one)(file, setup, str(folder), origin, place) for file in files]
     tell("structures", 0, len(files))
     with _engine(jobs, dask) as workers:
         Path(folder).mkdir(exist_ok=True)
@@ -226,25 +285,35 @@ def screen(
 
 
 @contextmanager
-def _engine(jobs: int, dask: str) -> Iterator[int]:
+def _engine(jobs: int | None, dask: str) -> Iterator[int]:
     """Choose what runs the tasks, and yield how many at once."""
     if not dask:
         with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-            yield jobs
+            yield jobs or 1
         return
+    if dask != "local" and jobs is not None:
+        raise OptionError(f"the scheduler at '{dask}' has as many jobs as it has workers; leave --jobs out")
     try:
         from dask.distributed import Client, LocalCluster
     except ImportError:
         raise OptionError("--dask needs Dask; install mmace[dask], or leave --dask out") from None
     try:
         if dask == "local":
-            cluster = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None, silence_logs=ERROR)
+            cluster = LocalCluster(
+                n_workers=jobs or 1, threads_per_worker=1, dashboard_address=None, silence_logs=ERROR
+            )
         else:
             cluster = None
         client = Client(dask, timeout="5s") if cluster is None else Client(cluster)
     except (OSError, ValueError, TimeoutError) as error:
         raise OptionError(f"no Dask scheduler answers at '{dask}' ({' '.join(str(error).split())[:120]})") from error
     try:
+        try:
+            client.wait_for_workers(1, timeout=NO_WORKERS)
+        except TimeoutError:
+            raise OptionError(
+                f"the Dask scheduler at '{dask}' has no workers; start some with dask worker {dask}"
+            ) from None
         with joblib.parallel_config(backend="dask"):
             yield -1
     finally:
@@ -300,6 +369,8 @@ def outcome_table(outcomes: Sequence[Outcome], setup: Setup) -> xr.Dataset:
         ("origin", "where the initial moments came from"),
         ("failure", "why there is no result; empty where there is one"),
         ("dataset", "file of the structure's own dataset"),
+        ("note", "what the property says about its result, and warnings"),
+        (LOST, "members of the committee that gave no result, and why"),
     ):
         data[f"structure_{name}"] = variable("structure", np.array([getattr(o, name) for o in outcomes]), "1", text_)
     files = variable("structure", np.array([o.file for o in outcomes]), "1", "file of the structure")
@@ -354,7 +425,7 @@ def screen_command(arguments: Sequence[str]) -> int:
     kind = load_property(name)
     parser = _parser(kind.name)
     add_setup(parser, kind)
-    args = parser.parse_all(arguments)
+    args = parser.parse_all(arguments, "name all structures before the options")
     output = Path(args.output or f"screen_{kind.name}.nc")
     table_file = Path(args.csv) if args.csv else output.with_suffix(".csv")
     folder = output.with_suffix("")
@@ -364,8 +435,11 @@ def screen_command(arguments: Sequence[str]) -> int:
         raise OptionError("a file of moments fits one structure alone; give a table such as Fe=2.2, or an order")
     named = named_options(args)
     _check_options(named)
-    kind(moments=mode, **named)
+    prop = kind(moments=mode, **named)
     files = structure_files(args.structures)
+    read = inputs(args, prop) | {f"the structure '{file}'": file for file in files}
+    refuse_others(output, read, "the dataset")
+    refuse_others(table_file, read, "the table")
     places = args.calculator, args.model, args.soc, mode, args.device, args.dtype
     load_calculator(*places)
     setup = Setup(
@@ -400,7 +474,7 @@ def _parser(name: str) -> Parser:
     parser.add_argument("--property", required=True, metavar="NAME", help=", ".join(sorted(plugins())))
     parser.add_argument("-o", "--output", help="netCDF file to write (default: screen_NAME.nc here)")
     parser.add_argument("--csv", help="the same as comma-separated values (default: beside the output)")
-    parser.add_argument("--jobs", type=int, default=1, help="structures at once (default: 1)")
+    parser.add_argument("--jobs", type=int, help="structures at once, without an address of --dask (default: 1)")
     parser.add_argument("--dask", default="", help="'local', or the address of a Dask scheduler (default: neither)")
     return parser
 
@@ -433,7 +507,7 @@ def _check(args: argparse.Namespace, output: Path, table_file: Path, folder: Pat
         raise OptionError(f"name an output with a suffix, such as {output}.nc")
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"'{folder}' is a file, but the structures' datasets go into a folder of that name")
-    if not 1 <= args.jobs <= 4096:
+    if args.jobs is not None and not 1 <= args.jobs <= 4096:
         raise OptionError(f"jobs cannot be {args.jobs}; it lies between 1 and 4096")
 
 
@@ -452,5 +526,10 @@ def _print_outcomes(console: Console, outcomes: Sequence[Outcome], title: str) -
         table.add_row(Path(outcome.file).name, outcome.formula, *cells)
     console.print(table)
     for outcome in outcomes:
-        if outcome.failure:
-            console.print(f"failed     {Path(outcome.file).name}: {outcome.failure}")
+        for word, text in (
+            ("failed", outcome.failure),
+            ("note", outcome.note),
+            ("left out", outcome.members_without_result),
+        ):
+            if text:
+                console.print(f"{word:10} {Path(outcome.file).name}: {text}")

@@ -12,7 +12,18 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from .base import Options, Progress, Property, Row, of_members, option, over_members, spread_of, variable
+from .base import (
+    Options,
+    Progress,
+    Property,
+    Row,
+    of_members,
+    option,
+    over_members,
+    refuse_idle,
+    spread_of,
+    variable,
+)
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .protocol import (
     MOMENT_TOLERANCE,
@@ -119,9 +130,15 @@ class SpinSpiral(Property):
             )
         if self.mode(calculator) == "full":
             raise OptionError("moments relaxed in full would leave the spiral; relax magnitudes, or keep them fixed")
-        if self.options.path != "auto" and (self.options.q or calculator.soc is True):
-            why = "wave vectors are given" if self.options.q else "with spin-orbit coupling they fit supercells"
-            raise OptionError(f"no path is followed where {why}; leave path out, or give wave vectors with q")
+        if self.options.q:
+            refuse_idle(self.options, ("path", "points"), "wave vectors are given with q")
+        elif calculator.soc is True:
+            refuse_idle(self.options, ("path", "points"), "spin-orbit coupling makes wave vectors fit supercells")
+        if self.options.mesh:
+            if calculator.soc is True:
+                refuse_idle(self.options, ("mesh",), "spin-orbit coupling leaves no lowest spiral to look for")
+            elif not calculator.has("evaluate_spirals"):
+                refuse_idle(self.options, ("mesh",), "the calculator has no evaluate_spirals")
         if not calculator.has("evaluate_spirals") and not self.options.q:
             raise CalculatorError(
                 "the calculator has no evaluate_spirals; give commensurate wave vectors with --q, which fit supercells"

@@ -245,7 +245,7 @@ def parse_moments(text: str) -> dict[str, float]:
 
     Returns
     -------
-    |m| in µB per element (negative turns the moments of that element round).
+    |m| in µB per element; negative turns the moments of that element round where no order is named.
 
     Raises
     ------
@@ -367,6 +367,7 @@ def start_structure(
     order: str | None = None,
     table: Mapping[str, float] | None = None,
     moments: Array | None = None,
+    guess: Order = "auto",
 ) -> Start:
     """Decide the moments that a calculation starts from, and say how.
 
@@ -374,9 +375,12 @@ def start_structure(
     ----------
     atoms : the structure, with or without moments.
     calculator : gives typical |m| per element, and the energies that ``auto`` compares.
-    order : ``fm``, ``afm``, ``auto``; None keeps moments that are given and is ``auto`` where there are none.
-    table : |m| in µB per element, over the calculator's own.
+    order : ``fm``, ``afm``, ``auto``; None keeps moments that are given, and where there are none takes signs of the
+        table, or `guess` where it has none.
+    table : |m| in µB per element, over the calculator's own; a negative one turns the moments of its element round
+        where no order is named.
     moments : moments in µB, shape (N, 3) or (N,), over those of the structure.
+    guess : order where none is named.
 
     Raises
     ------
@@ -392,9 +396,14 @@ def start_structure(
         return Start(check_structure(with_moments(atoms, moments), calculator), "moments from the file given", "given")
     if order is None and table is None and atoms.has("initial_magmoms"):
         return Start(atoms, "moments of the structure file", "given")
-    lengths, source = _lengths(atoms, calculator, table)
-    wanted = order or "auto"
-    if not np.any(np.abs(lengths) > ZERO_MOMENT):
+    signed = _lengths(atoms, calculator, table)
+    if order is None and (signed < 0).any():
+        start = check_structure(with_moments(atoms, signed), calculator)
+        return Start(start, f"moments along z with {_spelled(atoms, signed)}", "given")
+    lengths = np.abs(signed)
+    source = _spelled(atoms, lengths)
+    wanted = order or guess
+    if not np.any(lengths > ZERO_MOMENT):
         return Start(with_moments(atoms, np.zeros((len(atoms), 3))), f"no element carries a moment ({source})", "nm")
     if wanted != "auto":
         return _guess(atoms, calculator, lengths, wanted, source)
@@ -410,7 +419,8 @@ def start_structure(
     )
 
 
-def _lengths(atoms: Atoms, calculator: SpinCalculator, table: Mapping[str, float] | None) -> tuple[Array, str]:
+def _lengths(atoms: Atoms, calculator: SpinCalculator, table: Mapping[str, float] | None) -> Array:
+    """Return what table and calculator say of each atom, shape (N,), µB, with the signs of the table."""
     known = dict(calculator.default_moments or {})
     symbols = atoms.get_chemical_symbols()
     for symbol in table or {}:
@@ -422,13 +432,16 @@ def _lengths(atoms: Atoms, calculator: SpinCalculator, table: Mapping[str, float
         raise MomentError(
             f"nothing says how large the moment of {missing[0]} is; give it, for example --moments {missing[0]}=2.0"
         )
-    source = ", ".join(f"{s} {known[s]:g}" for s in dict.fromkeys(symbols))
-    return np.array([known[s] for s in symbols]), f"{source} µB"
+    return np.array([known[s] for s in symbols])
+
+
+def _spelled(atoms: Atoms, values: Array) -> str:
+    """Return the moment of each element as text."""
+    known = dict(zip(atoms.get_chemical_symbols(), values, strict=True))
+    return ", ".join(f"{symbol} {value:g}" for symbol, value in known.items()) + " µB"
 
 
 def _guess(atoms: Atoms, calculator: SpinCalculator, lengths: Array, order: str, source: str) -> Start:
-    # a table may hold signs, which say nothing about an order that is asked for by name
-    lengths = np.abs(lengths)
     signs = np.ones(len(atoms)) if order == "fm" else antiferromagnetic_signs(atoms, lengths)
     guessed = check_structure(with_moments(atoms, signs * lengths), calculator)
     return Start(guessed, f"{order} guess along z with {source}", order)

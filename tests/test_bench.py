@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import mmace_bench
+import mmace_props
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -48,6 +49,7 @@ from mmace_bench.errors import BenchmarkError
 from mmace_bench.rendering import html
 from mmace_bench.report import Entry, Picture, Report, Section, aligned_points, curve_of, figures, reference_points
 from mmace_bench.systems import JUDGES, SUMS, SYSTEMS, Number, Quantity, Reference, System, Task, read_system, terms_of
+from mmace_props import sources
 from mmace_props.protocol import SpinCalculator, bare, moments_of
 
 from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Uniaxial, birch_murnaghan
@@ -237,7 +239,6 @@ def test_work_of_another_factory_or_of_changed_code_is_not_taken_over(toy_system
     assert volume("nameless.py:other") == pytest.approx(11.7, rel=1e-6)
     assert volume("edited.py:make") == pytest.approx(11.3, rel=1e-6)
     Path("edited.py").write_text(ANONYMOUS % (changed, CURVES))
-    monkeypatch.delitem(sys.modules, "_mmace_props_edited")
     assert volume("edited.py:make") == pytest.approx(11.7, rel=1e-6)
 
 
@@ -246,12 +247,25 @@ def test_key_of_the_work_folder_holds_the_source_of_the_suite(tmp_path, monkeypa
     suite.mkdir()
     (suite / "__init__.py").write_text("")
     (suite / "eos.py").write_text("one = 1")
-    monkeypatch.setattr("mmace_bench.calculate.mmace_props.__file__", str(suite / "__init__.py"))
+    monkeypatch.setattr(mmace_props.__spec__, "submodule_search_locations", [str(suite)])
+    sources.package_source.cache_clear()
     before = identity("mmace.calculator:load", "default")
     assert before["factory_source"]
     (suite / "eos.py").write_text("one = 2")
+    assert identity("mmace.calculator:load", "default") == before, "a process goes on with what it loaded"
+    sources.package_source.cache_clear()
     after = identity("mmace.calculator:load", "default")
     assert {k for k in before if before[k] != after[k]} == {"suite"}
+    sources.package_source.cache_clear()
+
+
+def test_a_factory_in_the_working_directory_has_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (tmp_path / "lying_here.py").write_text("def make(**options):\n    return None\n")
+    found = identity("lying_here:make", "default")["factory_source"]
+    assert found
+    assert found == identity("lying_here.py:make", "default")["factory_source"]
 
 
 def test_stored_results_hold_until_they_are_updated(toy_system, monkeypatch, capsys):
@@ -920,6 +934,20 @@ def test_compare_says_what_moved_and_which_way():
     assert (closer.towards, closer.reference, closer.verdicts) == ("closer", "2.2 (own DFT)", "miss → ok")
     assert compare(result(2.0), result(1.0, MISS, 2.2))[0].towards == "farther"
     assert np.isnan(compare(result(None), result(1.0))[0].moved)
+
+
+def test_compare_names_what_one_result_alone_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, second = result(1.0), result(1.1)
+    first["systems"]["FeAl"]["gone"] = first["systems"]["FeAl"]["a"]
+    second["systems"]["CrN"] = {"new": first["systems"]["FeAl"]["a"], "newer": first["systems"]["FeAl"]["a"]}
+    Path("a.json").write_text(json.dumps(first))
+    Path("b.json").write_text(json.dumps(second))
+    assert main(["compare", "a.json", "b.json", "--markdown", "t.md"]) == 0
+    assert "only in a.json: gone\nonly in b.json: new, newer\n" in capsys.readouterr().out
+    assert Path("t.md").read_text().endswith("\nonly in a.json: gone\n\nonly in b.json: new, newer\n")
+    assert main(["compare", "a.json", "b.json", "--markdown", "a.json"]) == 2
+    assert "'a.json' is the first result already" in capsys.readouterr().err
 
 
 def test_compare_writes_a_table_of_what_moved(tmp_path, capsys):

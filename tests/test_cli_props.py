@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,7 @@ def bad_structures(folder):
     (folder / "short.txt").write_text("2.2\n2.2\n2.2\n")
     write(folder / "mine.cif", iron)
     write(folder / "rows.extxyz", with_moments(iron, [2.2, 2.2]))
+    write(folder / "odd.png", with_moments(iron, [2.2, 2.2]), format="extxyz")
     (folder / "three.py").write_text("def make(**options):\n    return 3\n")
 
 
@@ -213,11 +215,19 @@ BAD = [
         ["relax", GOOD, "--write", "r.extxyz", "-o", "r.extxyz"],
         "'r.extxyz' is what relax writes already",
     ),
+    (["relax", "rows.extxyz", "--write", "rows.extxyz"], "'rows.extxyz' is the structure already"),
+    (["relax", GOOD, "--moments", "rows.extxyz", "--write", "./rows.extxyz"], "is the file of the moments already"),
+    (["exchange", GOOD, "--references", "fm", "odd.png", "--plot", "odd.png"], "is what an option reads, 'odd.png'"),
     (["exchange", GOOD, "--seed", "-1"], "the option seed cannot be negative"),
     (["curie", GOOD, "--ways", "moments", "moments"], "ways holds one twice"),
     (["spiral", GOOD, "--path", "GH,", "--order", "fm"], "no path 'GH,' in this lattice"),
     (["spiral", GOOD, "--path", "", "--order", "fm"], "no path '' in this lattice"),
-    (["spiral", GOOD, "--path", "GH", "--q", "0", "0", "0.5", "--order", "fm"], "no path is followed where"),
+    (["spiral", GOOD, "--path", "GH", "--q", "0", "0", "0.5", "--order", "fm"], "path does nothing where wave vectors"),
+    (["spiral", GOOD, "--soc", "--moments", "fixed", "--order", "fm", "--points", "200"], "points does nothing where"),
+    (["spiral", GOOD, "--soc", "--moments", "fixed", "--order", "fm", "--mesh", "12"], "mesh does nothing where"),
+    (["relax", GOOD, "--order", "fm", "--max-cells", "4"], "max_cells does nothing where the order is given"),
+    (["curie", GOOD, "--order", "fm", "--max-orders", "4"], "max_orders does nothing where the order is given"),
+    (["relax", GOOD, "--orders", "auto", "--order", "afm"], "leave --order afm out"),
     (["phonon", GOOD, "--order", "fm", "--phonopy", "."], "'.' is the working directory"),
     (["anisotropy", GOOD, "--calculator", "three.py:make"], "which is no ASE calculator"),
     (["anisotropy", GOOD, GOOD], "one argument too many"),
@@ -260,6 +270,72 @@ def test_the_installed_command_exits_with_two(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: there is no structure file 'missing.cif'; check the path\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("where", ["structure", "file"])
+def test_moments_that_are_there_are_kept_where_orders_are_enumerated(where):
+    """Lengths of a file, not the typical ones; from a structure and from a file of moments."""
+    write("own.extxyz", with_moments(bulk("Fe", cubic=True, a=2.83), [[1.1, 0, 0], [1.1, 0, 0]]))
+    source = ["own.extxyz"] if where == "structure" else [EXAMPLES / "Fe.cif", "--moments", "own.extxyz"]
+    ways = ("--order", "auto", "--moments", "fixed", "--cell", "volume", "--calculator", TOY, "-o", "r.nc")
+    assert run("relax", *source, *ways) == 0
+    with xr.open_dataset("r.nc") as data:
+        assert float(data["moment"].sel(order="fm")) == pytest.approx(1.1, abs=1e-6)
+        assert abs(data["moments"].sel(order="fm").values[0, 0]) == pytest.approx(1.1, abs=1e-6)
+
+
+def test_enumerated_orders_begin_from_typical_lengths(capsys):
+    """Without moments anywhere the guess is one of lengths."""
+    assert run("relax", EXAMPLES / "Fe.cif", "--orders", "auto", "--calculator", TOY) == 0
+    assert "moments    fm guess along z with Fe 2.2 µB; |m|" in capsys.readouterr().out
+
+
+def test_a_table_with_signs_is_a_ferrimagnet():
+    """Signs count where no order is named; a named order prints lengths alone."""
+    cell = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.9] * 3, pbc=True)
+    write("fecr.cif", cell)
+    ways = ("--moments", "Fe=2.2,Cr=-1.0", "--moments", "fixed", "--calculator", TOY, "-o", "e.nc", "--quiet")
+    assert run("eos", "fecr.cif", "--states", "given", *ways) == 0
+    with xr.open_dataset("e.nc") as data:
+        np.testing.assert_allclose(data["site_moments"].values[0, 0, :, 2], [2.2, -1.0])
+        assert data.attrs["initial_moments_origin"] == "moments along z with Fe 2.2, Cr -1 µB"
+    assert run("eos", "fecr.cif", "--states", "fm", "--order", "fm", *ways) == 0
+    with xr.open_dataset("e.nc") as data:
+        assert data.attrs["initial_moments_origin"] == "fm guess along z with Fe 2.2, Cr 1 µB"
+
+
+def test_a_calculator_that_fails_at_run_time_is_one_sentence(capsys):
+    """Torch says that memory ran out by a RuntimeError."""
+    Path("full.py").write_text(
+        "from ase.calculators.calculator import Calculator\n"
+        "class Full(Calculator):\n"
+        "    implemented_properties = ['energy', 'forces', 'stress']\n"
+        "    def calculate(self, *args, **named):\n        raise RuntimeError('out of memory')\n"
+        "def make(**options):\n    return Full()\n"
+    )
+    ways = ("--calculator", "full.py:make", "--moments", "fixed", "--moments", "Fe=2", "--order", "fm")
+    assert run("relax", EXAMPLES / "Fe.cif", *ways) == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_a_file_factory_is_executed_once_and_whole(tmp_path):
+    """Threads that ask while it is executed wait; another content is another module; so is another folder."""
+    file, log = tmp_path / "slow_factory.py", tmp_path / "log.txt"
+    source = (
+        "import time\nfrom pathlib import Path\nfrom ase.calculators.emt import EMT\n"
+        f"with Path({str(log)!r}).open('a') as f:\n    f.write('x')\n"
+        "time.sleep(0.3)\n"
+        "def make(**options):\n    return EMT()\n"
+    )
+    file.write_text(source)
+    places = f"{file}:make", "default", True, "fixed", "cpu", "float64"
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: load_calculator(*places), range(4)))
+    assert len(made) == 4
+    assert log.read_text() == "x"
+    file.write_text(source.replace("return EMT()", "raise ValueError('edited')"))
+    with pytest.raises(CalculatorError, match="edited"):
+        load_calculator(*places)
 
 
 def test_factories_by_module_name(tmp_path, monkeypatch):

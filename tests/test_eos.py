@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+from ase import Atoms
 from ase.build import bulk
 from mmace_props.base import combine, write_dataset
 from mmace_props.eos import EquationOfState, birch_murnaghan, fit_birch_murnaghan, fit_vinet, vinet
@@ -10,7 +12,7 @@ from mmace_props.errors import ConvergenceError, MomentError, OptionError
 from mmace_props.protocol import SpinCalculator, with_moments
 from scipy.optimize import fsolve
 
-from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Toy
+from .toys import CapableToy, CommitteeToy, Landau, MagneticEquationOfState, Springs, Toy
 from .toys import birch_murnaghan as toy_birch_murnaghan
 from .toys import vinet as toy_vinet
 
@@ -177,6 +179,23 @@ def test_order_lost_in_some_members(result):
     assert rows["afm order"] == "lost at some volumes, 3 of 4 members"
     assert "fm order" not in rows
     assert {row.label: row.value for row in prop.summary(parts[1])}["afm order"] == "lost at some volumes"
+
+
+def test_a_sublattice_that_loses_its_moment_is_told():
+    """Iron of a ferrimagnet keeps its own, chromium has none of its own: the mean says nothing of it."""
+
+    class Lone(Landau):
+        def sites(self, s):
+            m2 = (s.moments**2).sum(-1)
+            return torch.where(torch.as_tensor(s.numbers == 26), -self.a * m2, self.a * m2) + self.b * m2**2
+
+    cell = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.9] * 3, pbc=True)
+    model = CapableToy(Lone(0.05, 0.005), Springs(3.0, 2.5, 3.3), soc=False)
+    prop = EquationOfState(moments="magnitudes", states=("given",))
+    dataset = prop.run(with_moments(cell, [2.2, -1.0]), model)
+    assert float(dataset["moment"].min()) > 1
+    assert np.all(dataset["order_kept"] == 0)
+    assert {row.label: row.value for row in prop.summary(dataset)}["given order"] == "lost at some volumes"
 
 
 def test_dataset_opens_plainly(tmp_path, result):

@@ -1,5 +1,7 @@
 """Relaxation of structure and moments against closed forms, and the enumeration and ranking of collinear orders."""
 
+import warnings
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -380,6 +382,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with xr.open_dataset("o.nc") as data:
         assert set(data["order"].values) == {"fm", "afm-1", "afm-2", "nm"}
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_anything_left_has_no_legend():
+    """A crystal at rest in a fixed cell has neither forces nor stress to draw."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Relaxation().plot(Relaxation(moments="fixed", cell="fixed").run(iron(), coupled())).axes
 
 
 def test_refusals():

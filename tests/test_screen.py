@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,13 +22,21 @@ from mmace_props.exchange import Exchange
 from mmace_props.magnon import Magnon
 from mmace_props.phonon import Phonon
 from mmace_props.protocol import with_moments
-from mmace_props.screen import Outcome, Setup, outcome_table, screen, structure_files
+from mmace_props.screen import Outcome, Setup, _calculator, outcome_table, run_one, screen, structure_files
+from mmace_props.sources import identity
 from mmace_props.structures import read_structure
 
 from . import toys
 from .test_cli_props import HERE, TOY
 
 EOS = ("--property", "eos", "--states", "fm", "--points", "6")
+OWN_FACTORY = f"""import sys
+sys.path.insert(0, {str(HERE.parent)!r})
+from tests.toys import CapableToy, CommitteeToy, Heisenberg, Springs
+terms = [Heisenberg(%g, 2.6), Springs(3.0, 2.5, 3.3)]
+def make(model="toy", soc=True, moments="fixed", device="cpu", dtype="float64"):
+    return CapableToy(*terms, soc=soc, moments=moments)
+"""
 
 
 @pytest.fixture
@@ -112,13 +121,63 @@ def test_a_dask_cluster_gives_what_one_gives(crystals, monkeypatch):
         xr.testing.assert_identical(a.load(), b.load())
     with pytest.raises(ValueError, match="No global client"):
         distributed.get_client()
+
+
+def test_workers_elsewhere_give_what_one_gives(crystals, monkeypatch):
+    """Two processes in another directory, that know the paths, factory and files of the command alone."""
+    distributed = pytest.importorskip("distributed")
+    (crystals.parent / "mine.py").write_text(OWN_FACTORY % 2e-3)
+    write("ref.extxyz", with_moments(bulk("Fe", cubic=True, a=2.83), [[0, 0, 2.0], [0, 0, -2.0]]))
+    for length in (1.8, 2.0):
+        write(f"in/m{length}.extxyz", with_moments(bulk("Fe", cubic=True, a=2.83), [[0, 0, length]] * 2))
+    options = ("--states", "2", "--points", "5", "--mesh", "4", "--references", "given", "ref.extxyz")
+    files = ("in/m1.8.extxyz", "in/m2.0.extxyz", "--moments", "fixed")
+    command = ("screen", *files, "--property", "exchange", "--no-soc", *options, "--calculator", "mine.py:make")
+    assert run(*command, "-o", "a.nc") == 0
+    elsewhere = crystals.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        monkeypatch.chdir(crystals.parent)
+        assert run(*command, "-o", "b.nc", "--dask", cluster.scheduler_address) == 0
+    with xr.open_dataset("a.nc") as a, xr.open_dataset("b.nc") as b:
+        assert a.attrs["failures"] == 0
+        xr.testing.assert_identical(a.load(), b.load())
+    assert not list(elsewhere.iterdir())
+
+
+def test_threads_of_a_worker_take_turns(crystals, capsys):
+    """A calculator that two threads may not ask at once, whose module takes a while to execute."""
+    distributed = pytest.importorskip("distributed")
+    (crystals.parent / "alone.py").write_text(
+        OWN_FACTORY % 2e-3 + "import time\ntime.sleep(0.3)\nasked = []\n"
+        "class Alone(CapableToy):\n"
+        "    def evaluate(self, *args, **named):\n"
+        "        asked.append(1)\n        time.sleep(0.01)\n"
+        "        crowd = len(asked)\n        asked.pop()\n"
+        "        if crowd > 1:\n            raise ValueError('two at once')\n"
+        "        return super().evaluate(*args, **named)\n"
+        "def make(model='toy', soc=True, moments='fixed', device='cpu', dtype='float64'):\n"
+        "    return Alone(*terms, soc=soc, moments=moments)\n"
+    )
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None
     ) as cluster:
+        ways = ("--calculator", "alone.py:make", "--moments", "fixed", "--dask", cluster.scheduler_address)
+        assert run("screen", crystals, *EOS, *ways) == 0
+    assert "3 results and 2 failures" in capsys.readouterr().out
+
+
+def test_a_scheduler_without_workers_is_one_sentence(crystals, monkeypatch, capsys):
+    """What is missing, and how to start it; a number of jobs beside an address does nothing."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr("mmace_props.screen.NO_WORKERS", 0.2)
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
         address = cluster.scheduler_address
-        assert run(*command, "-o", "c.nc", "--dask", address) == 0
-    with xr.open_dataset("a.nc") as a, xr.open_dataset("c.nc") as c:
-        xr.testing.assert_identical(a.load(), c.load())
+        assert run("screen", crystals, *EOS, "--calculator", TOY, "--dask", address) == 2
+        assert f"the Dask scheduler at '{address}' has no workers" in capsys.readouterr().err
+        assert run("screen", crystals, *EOS, "--calculator", TOY, "--dask", address, "--jobs", 2) == 2
+        assert "leave --jobs out" in capsys.readouterr().err
 
 
 def test_finished_structures_are_not_computed_again(crystals, capsys):
@@ -141,6 +200,102 @@ def test_finished_structures_are_not_computed_again(crystals, capsys):
     assert all(after[name] == before[name] for name in unchanged)
     assert run(*command, "--volume-range", "0.08") == 0
     assert len(list(Path("screen_eos").iterdir())) == 7
+
+
+def test_changed_files_are_other_results(crystals, capsys):
+    """A factory, a reference that an option names, and a model file, each edited between two runs of one command."""
+    one = crystals / "fe0.extxyz"
+    source, reference, model = (crystals.parent / name for name in ("own.py", "ref.extxyz", "model.txt"))
+    source.write_text(OWN_FACTORY % 2e-3)
+    write(reference, with_moments(bulk("Fe", cubic=True, a=2.78), [[0, 0, 2.0], [0, 0, -2.0]]))
+    model.write_text("1")
+    options = ("--states", "2", "--points", "5", "--mesh", "4", "--references", "given", "ref.extxyz", "--no-soc")
+    command = ("screen", one, "--property", "exchange", *options, "--calculator", "own.py:make", "--model", "model.txt")
+
+    def results():
+        assert run(*command, "--moments", "fixed") == 0
+        return {p.name for p in Path("screen_exchange").iterdir()}
+
+    first = results()
+    assert len(first) == 1
+    assert results() == first
+    write(reference, with_moments(bulk("Fe", cubic=True, a=2.78), [[0, 0, 2.0], [2.0, 0, 0]]))
+    assert len(results()) == 2
+    model.write_text("2")
+    assert len(results()) == 3
+    source.write_text(OWN_FACTORY % 4e-3)
+    assert len(results()) == 4
+    with xr.open_dataset("screen_exchange.nc") as table, xr.open_dataset(_own(table)) as own:
+        alone = Exchange(states=0, points=5, mesh=4, moments="fixed").run(
+            read_structure(one), toys.CapableToy(toys.Heisenberg(4e-3, 2.6), toys.Springs(3.0, 2.5, 3.3), soc=False)
+        )
+        assert float(own["J"].max()) == pytest.approx(float(alone["J"].max()), rel=1e-6)
+
+
+def _own(table):
+    return Path("screen_exchange") / str(table["structure_dataset"].values[0])
+
+
+def test_a_calculator_that_nothing_is_known_of_is_asked_again(crystals, monkeypatch):
+    """Neither provenance nor source: a finished dataset may be another calculator's."""
+    monkeypatch.setattr("mmace_props.sources.package_source", lambda name: "")
+    strength = [2e-3]
+    factory = ModuleType("made_here")
+    factory.make = lambda **options: toys.Toy(
+        toys.Heisenberg(strength[0], 2.6, 1.0), toys.Springs(3.0, 2.5, 3.3), elements=None
+    )
+    monkeypatch.setitem(sys.modules, "made_here", factory)
+    setup = Setup("eos", {"states": ("fm",), "points": 6}, "fixed", factory="made_here:make")
+
+    def found():
+        _calculator.cache_clear()
+        outcome = screen([str(crystals / "fe0.extxyz")], setup, "parts")[0]
+        return next(row.value for row in outcome.rows if row.label == "fm V0")
+
+    before = found()
+    strength[0] = 4e-3
+    assert abs(found() - before) > 0.01
+
+
+def test_a_worker_with_other_code_says_so(crystals):
+    """A process that loaded an older suite or another factory computes nothing."""
+    setup = Setup("eos", {"states": ("fm",), "points": 6}, "fixed", factory=TOY)
+    origin = {**identity(TOY, "default"), "suite": "older"}
+    outcome = run_one(str(crystals / "fe0.extxyz"), setup, ".", origin)
+    assert outcome.failure == "the worker has another suite than the command; restart it"
+    assert "does not see" in run_one("a.cif", setup, ".", None, "/no/such/place").failure
+
+
+def test_notes_lost_members_and_warnings_stand_with_their_structure(crystals, capfd):
+    """In the table and in print, from processes too, and again where results are read."""
+    (crystals.parent / "three.py").write_text(
+        OWN_FACTORY % 2e-3 + "import warnings\n"
+        "class Bad(CapableToy):\n"
+        "    def evaluate(self, *args, **named):\n        raise ValueError('hole in the potential')\n"
+        "class Far(CapableToy):\n"
+        "    def evaluate(self, *args, **named):\n"
+        "        warnings.warn('far from the data', stacklevel=2)\n        return super().evaluate(*args, **named)\n"
+        "def make(model='toy', soc=True, moments='fixed', device='cpu', dtype='float64'):\n"
+        "    kinds = CapableToy, Far, Bad\n"
+        "    return CommitteeToy([kind(*terms, soc=soc, moments=moments) for kind in kinds])\n"
+    )
+    good = [crystals / "fe0.extxyz", crystals / "fe1.extxyz"]
+    ways = ("--property", "anisotropy", "--directions", "86", "--moments", "fixed", "--calculator", "three.py:make")
+    for jobs in (1, 2, 2):
+        assert run("screen", *good, *ways, "-o", "t.nc", "--jobs", jobs) == 0
+        out, err = capfd.readouterr()
+        assert "arning" not in err
+        assert "left out   fe0.extxyz: member 3: hole in the potential" in out
+        assert "note       fe1.extxyz: " in out
+        assert "far from the data" in out
+        with xr.open_dataset("t.nc") as table:
+            assert table["structure_members_without_result"].values.tolist() == ["member 3: hole in the potential"] * 2
+            assert all("far from the data" in text for text in table["structure_note"].values)
+        header = Path("t.csv").read_text().splitlines()[0].split(",")
+        assert {"note", "members_without_result"} <= set(header)
+    assert run("screen", *good, *ways[:-1], TOY, "-o", "plain.nc") == 0
+    with xr.open_dataset("plain.nc") as table:
+        assert table["structure_members_without_result"].values.tolist() == ["", ""]
 
 
 def test_a_killed_screen_goes_on_where_it_was(crystals, tmp_path):
@@ -272,6 +427,9 @@ BAD = [
     (["screen", "in", "--property", "phonon", "--from", "phonopy_disp.yaml"], "holds one structure alone"),
     (["screen", "in", "--property", "eos", "-o", "no/a.nc"], "does not exist"),
     (["screen", "in", "--property", "eos", "-o", "a"], "name an output with a suffix"),
+    (["screen", "in", "--property", "eos", "--points", "9", "in/xe.cif"], "name all structures before the options"),
+    (["screen", "in", "--property", "eos", "--csv", "in/zz.cif"], "'in/zz.cif' is the structure 'in/zz.cif' already"),
+    (["screen", "in", "--property", "eos", "--csv", "model.csv", "--model", "model.csv"], "is the model already"),
     (["screen", "in", "--property", "eos", "--poins", "9"], "did you mean '--points'"),
     (["screen", "in", "--property", "eos", "--model", "broken"], "the model file broken is damaged"),
     (["screen", "in/xe.cif", "--property", "eos"], "no structure gave a result; of the first: the model does not know"),
@@ -286,6 +444,7 @@ def test_bad_input(arguments, sentence, crystals, capsys):
         pytest.importorskip("distributed")
     Path("empty").mkdir()
     Path("m.txt").write_text("2\n2\n")
+    Path("model.csv").write_text("weights\n")
     assert run(*arguments, "--calculator", TOY) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")

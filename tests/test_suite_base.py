@@ -34,6 +34,7 @@ from mmace_props.errors import (
     did_you_mean,
 )
 from mmace_props.exchange import Exchange
+from mmace_props.files import write_whole
 from mmace_props.magnon import Magnon
 from mmace_props.protocol import SpinCalculator, moments_of, with_moments
 from mmace_props.provenance import attribute, magnetic_space_group
@@ -236,6 +237,17 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         write_dataset(dataset, tmp_path / "no" / "x.nc")
     with pytest.raises(OutputError, match="is a directory"):
         write_dataset(dataset, tmp_path)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """NetCDF raises a RuntimeError; nothing is left behind."""
+
+    def full(temporary):
+        raise RuntimeError("NetCDF: HDF error")
+
+    with pytest.raises(OutputError, match=r"a.nc' cannot be written \(NetCDF: HDF error\); choose another output"):
+        write_whole(tmp_path / "a.nc", full)
+    assert not list(tmp_path.iterdir())
 
 
 def test_combine_keeps_coordinates():
