@@ -529,7 +529,9 @@ class MMACECalculator(Calculator):
         fixed = flat(block[:2])
         if basis.shape[1] == 0:
             return found[block[:2]]
-        response = relaxed_response(fixed, flat(f"{row}m") @ basis, inner, (flat(f"{column}m") @ basis).T)
+        lengths = moments.norm(dim=1)
+        noise = self.tolerance / float(lengths[lengths > NEGLIGIBLE].min()) if (lengths > NEGLIGIBLE).any() else 0.0
+        response = relaxed_response(fixed, flat(f"{row}m") @ basis, inner, (flat(f"{column}m") @ basis).T, noise)
         return response.reshape(found[block[:2]].shape)
 
 

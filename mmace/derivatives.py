@@ -182,7 +182,11 @@ def hessian(
 
 
 def relaxed_response(
-    fixed: torch.Tensor, coupling_left: torch.Tensor, inner: torch.Tensor, coupling_right: torch.Tensor
+    fixed: torch.Tensor,
+    coupling_left: torch.Tensor,
+    inner: torch.Tensor,
+    coupling_right: torch.Tensor,
+    noise: float = 0.0,
 ) -> torch.Tensor:
     """Schur complement H_ab - H_ax H_xx⁻¹ H_xb: the response when the inner variables x follow.
 
@@ -196,6 +200,8 @@ def relaxed_response(
         H_ax and H_xb.
     inner : Tensor (X, X)
         H_xx.
+    noise : float
+        Curvature, eV/µB², by which a zero mode may be negative: the force that relaxation left over the moment.
 
     Raises
     ------
@@ -203,8 +209,8 @@ def relaxed_response(
         The inner variables are at a saddle point, so that nothing follows adiabatically.
     """
     eigenvalues, modes = torch.linalg.eigh(0.5 * (inner + inner.T))
-    floor = 1e-9 * eigenvalues.abs().max()
-    if eigenvalues[0] < -floor:
+    floor = max(1e-9, 10 * torch.finfo(inner.dtype).eps) * eigenvalues.abs().max()
+    if eigenvalues[0] < -floor - noise:
         raise ConvergenceError(
             f"the moments sit at a saddle point (lowest curvature {eigenvalues[0].item():.3e} eV/µB²): "
             "start from another magnetic order."

@@ -193,3 +193,11 @@ def test_relaxed_response_of_a_known_quadratic_form() -> None:
     torch.testing.assert_close(eliminated, torch.linalg.inv(torch.linalg.inv(form)[:3, :3]))
     with pytest.raises(ConvergenceError, match="saddle"):
         relaxed_response(form[:3, :3], form[:3, 3:], -form[3:, 3:], form[3:, :3])
+    values, modes = torch.linalg.eigh(form[3:, 3:])
+    free = form[:3, 3:] @ modes[:, 1:] @ modes[:, 1:].T  # nothing couples to the lowest mode
+    turned = form[3:, 3:] - (values[0] + 4e-7) * torch.outer(modes[:, 0], modes[:, 0])
+    response = relaxed_response(form[:3, :3], free, turned, free.T, noise=5e-7)
+    expected = form[:3, :3] - (free @ modes[:, 1:] / values[1:]) @ (modes[:, 1:].T @ free.T)
+    torch.testing.assert_close(response, expected)
+    with pytest.raises(ConvergenceError, match="saddle"):
+        relaxed_response(form[:3, :3], free, turned, free.T, noise=3e-7)

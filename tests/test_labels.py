@@ -37,7 +37,7 @@ from mmace.labels.files import check_checksums, read_checked, write_checksums, w
 from mmace.labels.gate import find_duplicates, fingerprint, job_frames, judge
 from mmace.labels.plan import Job, Plan, Recipe, check_plan, make_job, read_plan, write_plan, write_splits
 from mmace.labels.run import Programs, find_programs, job_key, read_result, run_plan
-from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling
+from mmace.labels.sampling import anisotropy_mesh, build, expand, read_sampling, site_moments
 
 RECORDED = Path(__file__).parent / "test_labels_data"
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -471,6 +471,47 @@ def test_collect_counts_what_was_rejected(tmp_path: Path) -> None:
     assert (report.accepted, report.unfinished) == (1, 1)
 
 
+def test_a_label_stays_where_its_job_fails_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    write_plan(tmp_path / "plan.json", plan)
+    run_plan(plan, tmp_path / "work", stand_in(tmp_path))
+    run_plan(plan, tmp_path / "broken", stand_in(tmp_path, "sys.exit(3)"))
+    collecting = ["label", "collect", str(tmp_path / "plan.json"), "-o", str(tmp_path / "labels.extxyz"), "--work"]
+    assert main([*collecting, str(tmp_path / "work")]) == 0
+    before = (tmp_path / "labels.extxyz").read_bytes()
+    assert main([*collecting, str(tmp_path / "broken")]) == 0
+    assert "earlier label stays: 1 (one)" in capsys.readouterr().out
+    assert (tmp_path / "labels.extxyz").read_bytes() == before
+
+
+def test_collecting_does_not_vouch_for_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("test", COLLINEAR, (feal("one"),))
+    write_plan(tmp_path / "plan.json", plan)
+    run_plan(plan, tmp_path / "work", stand_in(tmp_path))
+    collecting = ["label", "collect", str(tmp_path / "plan.json"), "--work", str(tmp_path / "work"), "-o"]
+    data = tmp_path / "data"
+    assert main([*collecting, str(data / "a.extxyz")]) == 0
+    (data / "b.extxyz").write_bytes((data / "a.extxyz").read_bytes())
+    write_checksums(data)
+    (data / "b.extxyz").write_text((data / "b.extxyz").read_text().replace("parent-one", "parent-two"))
+    sums = (data / "SHA256SUMS").read_bytes()
+    assert main([*collecting, str(data / "a.extxyz")]) == 2
+    assert "b.extxyz' does not match" in capsys.readouterr().err
+    assert (data / "SHA256SUMS").read_bytes() == sums
+
+
+def test_equal_labels_of_one_name_in_two_parts_are_a_leak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("test", COLLINEAR, (feal(),))
+    for file, parent in (("a", "here"), ("b", "there")):
+        frames = job_frames(plan, feal(), good_result())
+        frames[0].info["parent"] = parent
+        write_labels(tmp_path / f"{file}.extxyz", frames)
+    write_checksums(tmp_path)
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["here"], "valid": [], "test": ["there"]}))
+    assert main(["label", "check", str(tmp_path), "--splits", str(tmp_path / "splits.json")]) == 2
+    assert "feal of a.extxyz and feal of b.extxyz" in capsys.readouterr().err
+
+
 def test_label_files_are_enough_to_go_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the folder of the runs: labels stay, rejections are remembered, a changed job is run again."""
     plan = Plan("test", COLLINEAR, (feal("one"), feal("off", moment=2.4), feal("open", shift=0.1)))
@@ -677,6 +718,10 @@ def test_reproduction_compares_what_both_hold(tmp_path: Path) -> None:
     plan = Plan("test", COLLINEAR, (feal(),))
     reference = job_frames(plan, plan.jobs[0], good_result())[0]
     again = reproduction_plan(plan, [reference], ["feal"])
+    meshed = replace(plan, jobs=(replace(feal(), settings={"kmesh": [3, 4, 5]}),))
+    assert reproduction_plan(meshed, [reference], ["feal"]).jobs[0].settings == {"kmesh": [3, 4, 5]}
+    with pytest.raises(LabelError, match="has no job 'feal', whose mesh is needed"):
+        reproduction_plan(replace(plan, jobs=(feal("other"),)), [reference], ["feal"])
     folder = tmp_path / again.name / "feal"
     folder.mkdir(parents=True)
     result = good_result(energy=good_result()["energy"] + 2e-3)
@@ -854,6 +899,19 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
 def test_bad_plans_are_refused(jobs: tuple[Job, ...], words: str) -> None:
     with pytest.raises(LabelError, match=words):
         check_plan(Plan("test", COLLINEAR, jobs))
+
+
+def test_recipes_that_would_mean_something_else_are_refused() -> None:
+    for recipe, words in (
+        (replace(COLLINEAR, carriers="Fe"), "give a list of elements"),
+        (replace(COLLINEAR, carriers=("fe",)), "give a list of elements"),
+        (replace(COLLINEAR, settings={**SETTINGS, "k_spacing": -0.25}), "k_spacing is -0.25; it must be above 0"),
+    ):
+        with pytest.raises(LabelError, match=words):
+            check_plan(Plan("test", recipe, (feal(),)))
+    with pytest.raises(ValueError, match=r"a moment is asked for, but no carrier \(Co\) is there"):
+        site_moments(bulk("Fe"), ("Co",), 2.2)
+    assert not site_moments(bulk("Al"), ("Fe",), 0.0).any()
 
 
 def test_a_recipe_without_a_setting_is_refused() -> None:

@@ -80,3 +80,12 @@ def test_anisotropy_of_strained_iron_aluminium(model):
         along_c, along_a, between = (1e6 * model.spin_energies(model.geometry(graph), moments).sum(1)).tolist()
     assert -130.0 < along_a - along_c < -43.0
     assert between - along_c == pytest.approx(0.5 * (along_a - along_c), rel=0.1)
+
+
+def test_moments_that_follow_are_at_no_saddle(model):
+    """Without spin-orbit coupling nothing holds the direction of all moments, whatever force relaxation left over."""
+    for moment in (1.9, 2.0, 2.3):
+        atoms = cubic("Fe2", 2.83, [moment, moment])
+        usual = MMACECalculator(model, soc=False, moments="full").hessian(atoms, ["ee_relaxed"])["ee_relaxed"]
+        sharp = MMACECalculator(model, soc=False, moments="full", tolerance=1e-9)
+        assert usual == pytest.approx(sharp.hessian(atoms, ["ee_relaxed"])["ee_relaxed"], rel=1e-4, abs=1e-3)

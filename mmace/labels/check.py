@@ -34,7 +34,8 @@ def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[s
     Raises
     ------
     LabelError
-        A frame is not in the file, or the recipe is one of anisotropy groups, whose frames are made together.
+        A frame is not in the file, or its job with its mesh not in the plan, or the recipe is one of anisotropy groups,
+        whose frames are made together.
     """
     if plan.recipe.engine != "abinit":
         raise LabelError(f"the plan {plan.name!r} makes groups of directions; only single frames can be made again")
@@ -42,8 +43,12 @@ def reproduction_plan(plan: Plan, references: Sequence[Atoms], names: Sequence[s
     missing = [name for name in names if name not in frames]
     if missing:
         raise LabelError(f"the reference labels hold no frame named {missing[0]!r}")
+    settings = {job.name: job.settings for job in plan.jobs}
+    strange = [name for name in names if name not in settings]
+    if strange:
+        raise LabelError(f"the plan {plan.name!r} has no job {strange[0]!r}, whose mesh is needed; give its own plan")
     jobs = [
-        make_job(name, atoms.info["parent"], "train", atoms, atoms.arrays["initial_magmoms"])
+        make_job(name, atoms.info["parent"], "train", atoms, atoms.arrays["initial_magmoms"], **settings[name])
         for name, atoms in ((name, frames[name]) for name in names)
     ]
     return Plan(f"{plan.name}-reproduction", plan.recipe, tuple(jobs))

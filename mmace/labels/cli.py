@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from ..data import PARTS, Splits, check_groups, label_from_atoms, read_splits
 from ..errors import LabelError
 from . import check
 from .collecting import collect, earlier_labels, earlier_rejections
-from .files import check_checksums, read_checked, write_checksums, write_labels, write_text
+from .files import CHECKSUMS, check_checksums, read_checked, write_checksums, write_labels, write_text
 from .gate import FAILED, find_duplicates, one_of_each_job
 from .plan import read_plan, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, job_key, run_plan
@@ -195,9 +196,7 @@ def _run(args: argparse.Namespace) -> int:
         if name not in names:
             raise LabelError(f"the plan {args.plan!r} has no job {name!r}")
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
-    os.nice(args.nice)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    _stand_back(args)
     finished = set(earlier_labels(plan, [atoms for path in args.labels for atoms in read_checked(path)]))
     if args.report:
         rejected = earlier_rejections(plan, _report(args.report))
@@ -209,6 +208,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace) -> int:
     plan, output = read_plan(args.plan), Path(args.output)
+    if (output.parent / CHECKSUMS).is_file():
+        check_checksums(output.parent, output.name)
     earlier = read_checked(output) if output.is_file() else []
     known = _report(args.report) if args.report and Path(args.report).is_file() else {"rejected": {}}
     frames, report = collect(plan, args.work, earlier, earlier_rejections(plan, known), _labels_beside(output))
@@ -231,6 +232,8 @@ def _collect(args: argparse.Namespace) -> int:
         write_text(args.report, json.dumps(summary, indent=1) + "\n")
     kept = f", and {report.kept} that it held before" if report.kept else ""
     print(f"{args.output}: {report.accepted} labels of the plan{kept}; {report.unfinished} jobs not finished")
+    if report.stayed:
+        print(f"run again without an answer, earlier label stays: {len(report.stayed)} ({', '.join(report.stayed)})")
     for reason, names in rejected.items():
         print(f"rejected, {reason}: {len(names)} ({', '.join(names)})")
     return 0
@@ -305,7 +308,7 @@ def _part(atoms: Atoms, splits: Splits) -> str:
 def _reproduce(args: argparse.Namespace) -> int:
     plan = check.reproduction_plan(read_plan(args.plan), read_checked(args.labels), args.names)
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
-    os.nice(args.nice)
+    _stand_back(args)
     run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
     rows = check.compare_reproduction(plan, args.work, read_checked(args.labels))
     _print_table(["frame", "ΔE meV/atom", "max ΔF meV/Å", "max Δσ GPa", "max ΔF_m meV/µB"], rows)
@@ -331,10 +334,19 @@ def _differences(args: argparse.Namespace) -> int:
     base = read_plan(args.plan)
     plan = check.difference_plan(base, args.job)
     programs = find_programs(plan, Path(args.work), args.abinit, args.paw, args.gpaw_python)
-    os.nice(args.nice)
+    _stand_back(args)
     run_plan(plan, args.work, programs, _workers(args), limit_s=args.limit)
     _print_table(["derivative", "label", "difference", "unit"], check.compare_differences(plan, args.work))
     return 0
+
+
+def _stand_back(args: argparse.Namespace) -> None:
+    """Lower the priority, and end with all programs that were started when the command is ended."""
+    if not 0 < args.limit < math.inf:
+        raise LabelError(f"--limit is {args.limit:g}; it must be a number of seconds above 0")
+    os.nice(args.nice)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def _workers(args: argparse.Namespace) -> int:

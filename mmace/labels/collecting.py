@@ -12,7 +12,7 @@ from ase import Atoms
 
 from ..errors import LabelError
 from .abinit import kpoint_mesh
-from .gate import MOMENT_TOLERANCE, State, job_frames, job_name, judge, one_of_each_job
+from .gate import FAILED, MOMENT_TOLERANCE, State, job_frames, job_name, judge, one_of_each_job
 from .plan import Job, Plan
 from .run import job_key, read_result
 
@@ -29,6 +29,8 @@ class Report:
         Frames of the plan, frames of the output that are of other plans, jobs without a result yet.
     rejected : dict reason → names of jobs
     rejected_keys : dict key of a job → reason
+    stayed : list of str
+        Jobs that were run again without an answer, so that their earlier label stays.
     """
 
     accepted: int = 0
@@ -36,6 +38,7 @@ class Report:
     unfinished: int = 0
     rejected: dict[str, list[str]] = field(default_factory=dict)
     rejected_keys: dict[str, str] = field(default_factory=dict)
+    stayed: list[str] = field(default_factory=list)
 
 
 def earlier_labels(plan: Plan, frames: Sequence[Atoms]) -> dict[str, list[Atoms]]:
@@ -131,6 +134,9 @@ def collect(
         result = read_result(plan, job, work)
         if result is not None:
             reason = judge(job, result, plan.recipe.carriers)
+            if reason in (FAILED, "scf") and job.name in before:
+                report.stayed.append(job.name)
+                result, reason = None, None
         elif job.name in before:
             reason = None
         elif job.name in (rejected or {}):

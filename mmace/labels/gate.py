@@ -215,10 +215,10 @@ def job_name(atoms: Atoms) -> str:
 
 
 def one_of_each_job(frames: Iterable[Atoms]) -> list[Atoms]:
-    """The first label of each job: the directions of an anisotropy job are one state."""
-    first: dict[str, Atoms] = {}
+    """Labels with one direction of each anisotropy job, whose directions are one state; names of others may repeat."""
+    first: dict[object, Atoms] = {}
     for atoms in frames:
-        first.setdefault(job_name(atoms), atoms)
+        first.setdefault(atoms.info.get("anisotropy_group", id(atoms)), atoms)
     return list(first.values())
 
 

@@ -135,6 +135,11 @@ def check_plan(plan: Plan) -> None:
     """
     if plan.recipe.engine not in ENGINES:
         raise LabelError(f"plan {plan.name!r}: unknown engine {plan.recipe.engine!r}; use one of {', '.join(ENGINES)}")
+    strange = [symbol for symbol in plan.recipe.carriers if symbol not in atomic_numbers]
+    if isinstance(plan.recipe.carriers, str) or strange:
+        raise LabelError(
+            f"plan {plan.name!r}: the recipe's carriers are {plan.recipe.carriers!r}; give a list of elements"
+        )
     seen: set[str] = set()
     split_of: dict[str, str] = {}
     for job in plan.jobs:
@@ -173,6 +178,8 @@ def _check_abinit(job: Job, settings: Mapping[str, Any], carriers: Sequence[str]
         missing = ["k_spacing"]
     if missing:
         raise LabelError(f"{where}: the recipe has no {missing[0]}; add it to its settings")
+    if not settings.get("k_spacing", 1.0) > 0:
+        raise LabelError(f"{where}: the recipe's k_spacing is {settings['k_spacing']}; it must be above 0")
     for key in by_element:
         without = [symbol for symbol in job.symbols if symbol not in settings[key]]
         if without:

@@ -96,8 +96,13 @@ def expand(data: Any) -> Plan:
         _check_keys("the settings of the recipe", data["recipe"]["settings"], settings)
     recipe = Recipe(**{**data["recipe"], "carriers": tuple(data["recipe"]["carriers"])})
     name, seed, families = data["name"], data["seed"], data["families"]
+    if not isinstance(data["recipe"]["carriers"], list):
+        raise LabelError(f'the recipe\'s carriers are {data["recipe"]["carriers"]!r}: write them as ["Fe"]')
     if not isinstance(families, list):
         raise LabelError("the families of the sampling are no list: write them as [{...}, {...}]")
+    for part in (data, *(family for family in families if isinstance(family, Mapping))):
+        if not part.get("k_spacing", 1.0) > 0:
+            raise LabelError(f"the sampling's k_spacing is {part['k_spacing']}; it must be above 0")
     rng = np.random.default_rng(seed)
     owed = {"test": 0.0, "valid": 0.0}
     keyed: list[tuple[float, int, Job]] = []
@@ -222,6 +227,8 @@ def site_moments(atoms: Atoms, carriers: Sequence[str], state: float | Sequence[
     """
     held = np.isin(list(atoms.symbols), carriers)
     values = [state] * int(held.sum()) if isinstance(state, (int, float)) else list(state)
+    if not held.any() and np.any(np.asarray(state, dtype=float)):
+        raise ValueError(f"a moment is asked for, but no carrier ({', '.join(carriers)}) is there")
     if len(values) != held.sum():
         raise ValueError(f"{len(values)} moments for {held.sum()} carriers")
     moments = np.zeros((len(atoms), 3))
