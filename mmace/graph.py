@@ -34,8 +34,9 @@ def check_structure(atoms: Atoms, elements: Sequence[str]) -> None:
         raise StructureError("the cell is not finite: mend the structure.")
     if atoms.pbc.any() and np.any(atoms.cell.lengths()[atoms.pbc] < MIN_DISTANCE):
         raise StructureError("the structure is periodic along a direction without a cell vector: set the cell.")
-    if atoms.pbc.all() and abs(np.linalg.det(atoms.cell.array)) < MIN_DISTANCE**3:
-        raise StructureError("the cell has no volume: set three independent cell vectors.")
+    periodic = atoms.cell.array[atoms.pbc]
+    if np.linalg.det(periodic @ periodic.T) < MIN_DISTANCE ** (2 * len(periodic)):
+        raise StructureError("the cell has no volume: set independent cell vectors.")
 
 
 @dataclass(frozen=True)

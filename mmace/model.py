@@ -322,7 +322,7 @@ def _turned_sums(
     plain = _sum_images(filters, pair_of_edge, n_pairs)
     if turns is None:
         return plain[None, :, None]
-    member = torch.nn.functional.one_hot(pair_of_edge, n_pairs).to(filters.dtype)
+    member = (pair_of_edge[:, None] == torch.arange(n_pairs, device=filters.device)).to(filters.dtype)
     cosine = torch.einsum("ep,eq,ekm->qpkm", member, torch.cos(turns), filters)
     sine = torch.einsum("ep,eq,ekm->qpkm", member, torch.sin(turns), filters)
     return torch.stack([plain.expand_as(cosine), cosine, sine], dim=2)

@@ -214,6 +214,9 @@ def test_clear_errors() -> None:
     flat.cell[2] = 0
     with pytest.raises(StructureError, match="cell"):
         with_calculator(flat).get_potential_energy()
+    slab = Atoms("Fe", cell=[[3, 0, 0], [6, 0, 0], [0, 0, 9]], pbc=[True, True, False])
+    with pytest.raises(StructureError, match="the cell has no volume: set independent cell vectors"):
+        with_calculator(slab).get_potential_energy()
     nowhere = pair()
     nowhere.positions[1, 1] = np.nan
     with pytest.raises(StructureError, match="atom 1 is not finite"):

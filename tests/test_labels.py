@@ -484,6 +484,45 @@ def test_a_label_stays_where_its_job_fails_later(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "labels.extxyz").read_bytes() == before
 
 
+def test_reasons_are_told_where_nothing_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("test", COLLINEAR, (feal("off", moment=2.4),))
+    write_plan(tmp_path / "plan.json", plan)
+    run_plan(plan, tmp_path / "work", stand_in(tmp_path))
+    collecting = ["label", "collect", str(tmp_path / "plan.json"), "--work", str(tmp_path / "work")]
+    collecting += ["-o", str(tmp_path / "labels.extxyz"), "--report", str(tmp_path / "report.json")]
+    assert main(collecting) == 2
+    assert "no label of 'test' passed (1 moment)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["rejected"] == {"moment": ["off"]}
+    assert not (tmp_path / "labels.extxyz").exists()
+
+
+def test_a_small_displacement_is_no_duplicate() -> None:
+    """Invariants change by its square and are divided by the number of atoms; forces tell."""
+    frames = []
+    for shift in (0.0, 0.005):
+        atoms = bulk("Fe", "bcc", 2.83, cubic=True) * (2, 2, 2)
+        atoms.set_initial_magnetic_moments(None)
+        atoms.set_initial_magnetic_moments(np.outer(np.full(16, 2.2), [0, 0, 1.0]))
+        atoms.positions[0, 0] += shift
+        forces = np.zeros((16, 3))
+        forces[0, 0] = -10.0 * shift
+        atoms.calc = SinglePointCalculator(atoms, energy=-100.0 + 5.0 * shift**2, forces=forces)
+        atoms.info.update(soc=0, name=f"displaced-{shift}")
+        frames.append(atoms)
+    assert find_duplicates(frames) == []
+    del frames[1].calc.results["forces"]
+    assert find_duplicates(frames) == [(0, 1)]
+
+
+def test_a_script_without_its_first_line_is_one_sentence(tmp_path: Path) -> None:
+    script = tmp_path / "abinit"
+    script.write_text('exec true "$@"\n')
+    script.chmod(0o755)
+    programs = replace(stand_in(tmp_path), command=(str(script),))
+    with pytest.raises(MissingProgramError, match=r"cannot be started .* a script needs its first line"):
+        run_plan(Plan("test", COLLINEAR, (feal(),)), tmp_path / "work", programs)
+
+
 def test_collecting_does_not_vouch_for_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan("test", COLLINEAR, (feal("one"),))
     write_plan(tmp_path / "plan.json", plan)
@@ -887,6 +926,9 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
         ((feal(), feal()), "twice"),
         ((feal(), replace(feal("b"), parent="parent-feal", split="test")), "two splits"),
         ((replace(feal(), name="../escape"),), "name"),
+        ((replace(feal(), name="001"),), "read back as a number"),
+        ((replace(feal(), name="T"),), "read back as a number"),
+        ((replace(feal(), parent="1e5"),), "its parent: the name '1e5' would be read back"),
         ((replace(feal(), split="other"),), "split"),
         ((replace(feal(), symbols=("Fe", "Qq")),), "unknown element"),
         ((replace(feal(), moments=((0, 0, float("nan")), (0, 0, 0))),), "finite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ase import Atoms
 from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
@@ -71,3 +72,12 @@ def test_spirals_refuse_what_they_cannot_do() -> None:
         calculator.evaluate_spirals(pair(), [[0, 0, 0.1]], axis=(0, 0, 0))
     with pytest.raises(MomentError, match="2 wave vectors"):
         calculator.evaluate_spirals(pair(), np.zeros((2, 3)), moments=np.zeros((3, 2, 3)))
+
+
+def test_a_spiral_of_a_single_atom_has_its_energy() -> None:
+    atom = Atoms("Fe", positions=[[0.0, 0.0, 0.0]])
+    atom.set_initial_magnetic_moments([[1.0, 0.0, 0.0]])
+    calculator = MMACECalculator(model=random_model(), soc=False)
+    found = calculator.evaluate_spirals(atom, [(0.25, 0.0, 0.0)], AXIS)
+    alone = calculator.evaluate_spins(atom, atom.get_initial_magnetic_moments()[None])
+    assert found["energy"][0] == pytest.approx(alone["energy"][0])

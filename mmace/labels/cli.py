@@ -24,7 +24,7 @@ from . import check
 from .collecting import collect, earlier_labels, earlier_rejections
 from .files import CHECKSUMS, check_checksums, read_checked, write_checksums, write_labels, write_text
 from .gate import FAILED, find_duplicates, one_of_each_job
-from .plan import read_plan, write_plan, write_splits
+from .plan import check_name, read_plan, write_plan, write_splits
 from .run import GPAW_VARIABLE, find_programs, job_key, run_plan
 from .sampling import read_sampling
 
@@ -157,6 +157,7 @@ def _propose(args: argparse.Namespace) -> int:
             raise LabelError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
     if args.window <= 0:
         raise LabelError(f"--window is {args.window:g}; it must be positive")
+    check_name(f"{Path(args.output).stem}-0", f"the plan {args.output!r} names its jobs after itself")
     torch.set_num_threads(args.threads)
     splits = read_splits(args.splits)
     frames = [atoms for path in args.labels for atoms in read_checked(path)]
@@ -213,10 +214,6 @@ def _collect(args: argparse.Namespace) -> int:
     earlier = read_checked(output) if output.is_file() else []
     known = _report(args.report) if args.report and Path(args.report).is_file() else {"rejected": {}}
     frames, report = collect(plan, args.work, earlier, earlier_rejections(plan, known), _labels_beside(output))
-    if not frames:
-        raise LabelError(f"no finished label of {plan.name!r} under {args.work!r}; run the plan first")
-    write_labels(output, frames)
-    write_checksums(output.parent)
     rejected = dict(sorted(report.rejected.items()))
     if args.report:
         own = {job_key(plan, job) for job in plan.jobs}
@@ -230,6 +227,13 @@ def _collect(args: argparse.Namespace) -> int:
             "rejected_keys": others | report.rejected_keys,
         }
         write_text(args.report, json.dumps(summary, indent=1) + "\n")
+    if not frames and rejected:
+        reasons = "; ".join(f"{len(names)} {reason}" for reason, names in rejected.items())
+        raise LabelError(f"no label of {plan.name!r} passed ({reasons}); there is nothing to write")
+    if not frames:
+        raise LabelError(f"no finished label of {plan.name!r} under {args.work!r}; run the plan first")
+    write_labels(output, frames)
+    write_checksums(output.parent)
     kept = f", and {report.kept} that it held before" if report.kept else ""
     print(f"{args.output}: {report.accepted} labels of the plan{kept}; {report.unfinished} jobs not finished")
     if report.stayed:

@@ -20,6 +20,7 @@ MOMENT_TOLERANCE = 2e-3
 FAILED = "failed"
 COLLAPSED_MOMENT = 0.1
 SPREAD_TOLERANCE = 2e-2
+DUPLICATE_FORCE = 0.01  # eV/Å; the invariants are of second order in a displacement, forces of first
 DUPLICATE_TOLERANCE = 1e-5
 DUPLICATE_ENERGY = 1e-4
 _RANGE = 5.0
@@ -184,26 +185,36 @@ class State:
     energy : float
         eV/atom.
     soc : bool
+    largest_force : float
+        eV/Å; NaN where forces are not known.
     """
 
     structure: np.ndarray
     magnetism: np.ndarray
     energy: float
     soc: bool
+    largest_force: float
 
     @classmethod
     def of(cls, atoms: Atoms) -> State:
         """State of a label."""
         structure, magnetism = _invariants(atoms)
-        return cls(structure, magnetism, atoms.get_potential_energy() / len(atoms), bool(atoms.info["soc"]))
+        forces = atoms.calc.results.get("forces", np.full((1, 3), np.nan))
+        largest = float(np.linalg.norm(forces, axis=1).max())
+        energy = atoms.get_potential_energy() / len(atoms)
+        return cls(structure, magnetism, energy, bool(atoms.info["soc"]), largest)
 
     def equals(self, other: State) -> bool:
-        """Whether structures agree to 1e-5, moments to twice the gate's tolerance, energies to 0.1 meV/atom."""
+        """Whether structures agree to 1e-5, moments to twice the gate's tolerance, energies to 0.1 meV/atom.
+
+        Where both have forces, the largest ones agree to 0.01 eV/Å too.
+        """
         exact = DUPLICATE_TOLERANCE
         return (
             self.soc == other.soc
             and self.structure.shape == other.structure.shape
             and abs(self.energy - other.energy) < DUPLICATE_ENERGY
+            and not abs(self.largest_force - other.largest_force) > DUPLICATE_FORCE
             and bool(np.allclose(self.structure, other.structure, rtol=exact, atol=exact))
             and bool(np.allclose(self.magnetism, other.magnetism, rtol=exact, atol=2 * MOMENT_TOLERANCE))
         )

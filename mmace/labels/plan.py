@@ -13,6 +13,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from ..data.importing import as_name
 from ..data.splits import PARTS, Splits
 from ..errors import LabelError
 from .files import write_text
@@ -144,8 +145,8 @@ def check_plan(plan: Plan) -> None:
     split_of: dict[str, str] = {}
     for job in plan.jobs:
         where = f"plan {plan.name!r}, job {job.name!r}"
-        if not _NAME.fullmatch(job.name):
-            raise LabelError(f"{where}: a job's name may hold letters, digits and _ . + - only")
+        check_name(job.name, where)
+        _check_text(job.parent, f"{where}, its parent")
         if job.name in seen:
             raise LabelError(f"{where}: the name occurs twice; give every job its own")
         seen.add(job.name)
@@ -165,6 +166,24 @@ def check_plan(plan: Plan) -> None:
             raise LabelError(f"{where}: an element that is no carrier has a target moment; set it to zero")
         if plan.recipe.engine == "abinit":
             _check_abinit(job, plan.settings(job), plan.recipe.carriers, where)
+
+
+def check_name(name: str, where: str) -> None:
+    """Check that a name can stand in file names and is read back from a label file as it is.
+
+    Raises
+    ------
+    LabelError
+        Says at `where` what is wrong with it.
+    """
+    if not _NAME.fullmatch(name):
+        raise LabelError(f"{where}: a name may hold letters, digits and _ . + - only, unlike {name!r}")
+    _check_text(name, where)
+
+
+def _check_text(name: str, where: str) -> None:
+    if as_name(name, "") != name:
+        raise LabelError(f"{where}: the name {name!r} would be read back as a number or truth value; add a letter")
 
 
 def _check_abinit(job: Job, settings: Mapping[str, Any], carriers: Sequence[str], where: str) -> None:

@@ -196,9 +196,14 @@ def _call(args: Sequence[str], folder: Path, limit_s: float, stop: threading.Eve
     """Run a program in a folder on one core; end it when the time is up or the run is stopped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            args, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                args, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise MissingProgramError(
+                f"{args[0]} cannot be started ({error.strerror}); a script needs its first line, such as #!/bin/sh"
+            ) from None
         deadline = time.monotonic() + limit_s
         try:
             while process.poll() is None:
