@@ -488,13 +488,18 @@ def test_magnetic_forces_along_the_moments_alone(tmp_path, capsys):
     for atoms, label in zip(frames, few, strict=True):
         axis = label["moments"] / np.linalg.norm(label["moments"], axis=1, keepdims=True)
         atoms.arrays["along"] = -(label["magnetic_forces"] * axis).sum(1)
+        atoms.arrays["REF_along"] = -atoms.arrays["along"]
     write(tmp_path / "a.xyz", frames)
     names = ["energy=REF_energy", "forces=REF_forces", "stress=REF_stress", "moments=REF_magmom"]
     command = ["extxyz", tmp_path / "a.xyz", "-o", tmp_path / "b.extxyz", "--map", *names]
     assert run(*command, "magnetic_forces=along") == 2
     assert "magnetic_forces_parallel" in capsys.readouterr().err
-    assert run(*command, "magnetic_forces=REF_magforces", "magnetic_forces_parallel=along") == 2
-    assert "name only one of them" in capsys.readouterr().err
+    assert run(*command, "magnetic_forces=REF_magforces", "magnetic_forces_parallel=REF_along") == 0
+    assert run("extxyz", tmp_path / "b.extxyz", "-o", tmp_path / "c.extxyz", "--map", "moments=initial_magmoms") == 0
+    for file in ("b", "c"):
+        both = read_labels(tmp_path / f"{file}.extxyz")[0]
+        assert np.allclose(both.magnetic_forces, few[0]["magnetic_forces"], atol=1e-7)
+        assert np.allclose(both.magnetic_forces_parallel, -frames[0].arrays["along"], atol=1e-7)
     assert run(*command, "magnetic_forces_parallel=along") == 2
     assert "contradict the sign given for magnetic forces" in capsys.readouterr().err
     assert run(*command, "magnetic_forces_parallel=along", "--magnetic-sign", "derivative") == 0

@@ -41,7 +41,7 @@ def read_renamed(
     path : path
     names : mapping, optional
         What the file calls `energy`, `forces`, `stress` (or, instead, `virials`, -V σ in eV), `moments`,
-        `magnetic_forces` (or, instead, `magnetic_forces_parallel`, -dE/d|m|), `parent`, `name`, `code`, `recipe`,
+        `magnetic_forces`, `magnetic_forces_parallel` (-dE/d|m|), `parent`, `name`, `code`, `recipe`,
         `soc`, `anisotropy_group`. Those left out keep ASE's names, the moments `magmoms`. A quantity that is named
         must be in every frame.
     stress_unit : str
@@ -63,9 +63,8 @@ def read_renamed(
         raise LabelError(f"there is no quantity {unknown[0]} to name: choose among {', '.join(NAMES)}.")
     if stress_unit not in STRESS_UNITS:
         raise LabelError(f"there is no unit {stress_unit} of stress: choose among {', '.join(STRESS_UNITS)}.")
-    for one, other in (("stress", "virials"), ("magnetic_forces", "magnetic_forces_parallel")):
-        if one in given and other in given:
-            raise LabelError(f"{one} and {other} say the same: name only one of them.")
+    if "stress" in given and "virials" in given:
+        raise LabelError("stress and virials say the same: name only one of them.")
     stem = stem_of(path)
     frames = []
     orphans = []
@@ -108,10 +107,8 @@ def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem
     soc = find("soc")
     if soc is not None and (np.ndim(soc) or soc not in (0, 1)):
         raise LabelError(f"{where} has soc={soc}: give 0 without or 1 with spin-orbit coupling.")
-    magnetic = find("magnetic_forces")
-    if magnetic is None:
-        magnetic = find("magnetic_forces_parallel")
-    elif np.ndim(magnetic) == 1:
+    magnetic, along = find("magnetic_forces"), find("magnetic_forces_parallel")
+    if magnetic is not None and np.ndim(magnetic) == 1:
         if np.ndim(moments) == 2 and np.any(np.asarray(moments)[:, :2]):
             raise LabelError(
                 f"{where} has one magnetic force for each atom, but moments that are not along z: name them "
@@ -125,10 +122,12 @@ def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem
         bool(atoms.pbc.all()),
         moments,
         {"energy": find("energy"), "forces": find("forces"), "stress": stress},
-        magnetic,
+        along if magnetic is None else magnetic,
         notes,
         where,
     )
+    if magnetic is not None and along is not None:
+        frame.arrays["magnetic_forces_parallel"] = np.asarray(along)
     frame.pbc = atoms.pbc
     frame.info["soc"] = 0 if soc is None else int(soc)
     return frame
