@@ -530,7 +530,8 @@ class MMACECalculator(Calculator):
         if basis.shape[1] == 0:
             return found[block[:2]]
         lengths = moments.norm(dim=1)
-        noise = self.tolerance / float(lengths[lengths > NEGLIGIBLE].min()) if (lengths > NEGLIGIBLE).any() else 0.0
+        carried = lengths[lengths > NEGLIGIBLE]
+        noise = self.tolerance / float(carried.min()) if len(carried) else 0.0
         response = relaxed_response(fixed, flat(f"{row}m") @ basis, inner, (flat(f"{column}m") @ basis).T, noise)
         return response.reshape(found[block[:2]].shape)
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 from ase import Atoms
+from numpy.typing import ArrayLike
 
 from .errors import MomentError
+
+
+def as_vectors(values: ArrayLike) -> np.ndarray:
+    """Moments or magnetic forces as vectors: one number for each atom, shape (N,), is along z."""
+    array = np.asarray(values, dtype=float)
+    # an outer product would write -0.0, which digests of labels and jobs tell from 0.0
+    return np.stack([np.zeros_like(array), np.zeros_like(array), array], axis=1) if array.ndim == 1 else array
 
 
 def moments_of(atoms: Atoms) -> np.ndarray:
@@ -31,9 +39,7 @@ def moments_of(atoms: Atoms) -> np.ndarray:
             f"{atoms.get_chemical_formula()} holds no magnetic moments: give them with "
             "atoms.set_initial_magnetic_moments(...), zeros for a non-magnetic state."
         )
-    moments = np.asarray(atoms.get_initial_magnetic_moments(), dtype=float)
-    if moments.ndim == 1:
-        moments = np.stack([np.zeros_like(moments), np.zeros_like(moments), moments], axis=1)
+    moments = as_vectors(atoms.get_initial_magnetic_moments())
     check_moments(moments, len(atoms))
     return moments
 

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import norm, t
 
 from ..errors import LabelError
+from ..structures import as_vectors
 from .labels import SAME_GEOMETRY
 
 TERMS = ("forces", "stress", "magnetic_forces")
@@ -124,9 +125,7 @@ def make_frame(
     for key, value in results.items():
         if value is not None:
             known[key] = _finite(value, shapes[key], key, where)
-    vectors = _numbers(moments, "moments", where)
-    if vectors.ndim == 1:
-        vectors = np.outer(vectors, [0.0, 0.0, 1.0])
+    vectors = as_vectors(_numbers(moments, "moments", where))
     try:
         atoms = Atoms(symbols, positions=_finite(positions, (n_atoms, 3), "positions", where), cell=cell, pbc=pbc)
     except (KeyError, ValueError) as error:

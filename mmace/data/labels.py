@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from ..errors import LabelError
-from ..structures import moments_of
+from ..structures import as_vectors, moments_of
 
 SAME_GEOMETRY = 1e-5  # Å; file formats round
 SAME_MOMENT = 1e-6  # µB
@@ -259,9 +259,7 @@ def _check_reached(moments: np.ndarray, calculated: np.ndarray | None, where: st
     """Raise where a file holds calculated moments beside those that it calls the label's."""
     if calculated is None:
         return
-    vectors = np.asarray(calculated, dtype=float)
-    if vectors.ndim == 1:
-        vectors = np.outer(vectors, [0.0, 0.0, 1.0])
+    vectors = as_vectors(calculated)
     if vectors.shape != moments.shape or np.abs(vectors - moments).max() > REACHED:
         raise LabelError(
             f"{where} has other magmoms than initial_magmoms: a label needs the moments that were reached; "

@@ -10,6 +10,7 @@ import numpy as np
 from ase import Atoms
 
 from ..errors import LabelError
+from ..structures import as_vectors
 from .importing import UNITS, as_name, make_frame, stem_of, voigt, with_parents
 from .labels import read_frames
 
@@ -114,7 +115,7 @@ def _frame(atoms: Atoms, given: Mapping[str, str], unit: float, where: str, stem
                 f"{where} has one magnetic force for each atom, but moments that are not along z: name them "
                 "magnetic_forces_parallel where they are -dE/d|m|, or leave them out."
             )
-        magnetic = np.outer(magnetic, [0.0, 0.0, 1.0])
+        magnetic = as_vectors(magnetic)
     frame = make_frame(
         atoms.get_chemical_symbols(),
         atoms.positions,

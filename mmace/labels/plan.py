@@ -16,6 +16,7 @@ from ase.data import atomic_numbers
 from ..data.importing import as_name
 from ..data.splits import PARTS, Splits
 from ..errors import LabelError
+from ..structures import as_vectors
 from .files import write_text
 
 ENGINES = ("abinit", "gpaw-soc")
@@ -107,9 +108,7 @@ class Plan:
 
 def make_job(name: str, parent: str, split: str, atoms: Atoms, moments: np.ndarray, **settings: Any) -> Job:
     """Job from a structure and its moments, (N,) along z or (N, 3), in µB."""
-    moments = np.asarray(moments, dtype=float)
-    if moments.ndim == 1:
-        moments = np.stack([np.zeros_like(moments), np.zeros_like(moments), moments], axis=1)
+    moments = as_vectors(moments)
 
     def rows(array: np.ndarray) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(float(x) for x in row + 0.0) for row in np.round(array, 8))
