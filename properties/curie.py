@@ -124,6 +124,12 @@ class CurieOptions(Options):
             raise OptionError(f"model_samples cannot be {self.model_samples}; give 8 or more")
         if self.orders == "given":
             refuse_idle(self, ("max_cells", "max_orders"), "the order is given, not auto")
+        if "model" not in self.ways:
+            refuse_idle(self, ("model_sizes", "model_samples"), "model is not among the ways")
+        if set(self.ways) <= {"model"}:
+            refuse_idle(self, ("sizes", "trajectories", "steps", "walkers"), "only the spin model is sampled")
+        if not {"moments", "lattice"} & set(self.ways):
+            refuse_idle(self, ("measure",), "|m| does not move")
 
 
 class Curie(Property):
@@ -583,8 +589,7 @@ def spirit_walk(
     simulation, state, system, llg = (
         import_module(f"spirit.{name}") for name in ("simulation", "state", "system", "parameters.llg")
     )
-    text = spirit(spin_table(exchange), drop=True)["spirit.cfg"]
-    text = text.replace("n_basis_cells 8 8 8", f"n_basis_cells {size} {size} {size}")
+    text = spirit(spin_table(exchange), drop=True, cells=size)["spirit.cfg"]
     text += f"log_to_file 0\nlog_to_console 0\nllg_seed {seed}\n"
     signs, weights = np.sign(exchange["moments"].values), np.abs(exchange["moments"].values)
     sums = np.bincount(np.searchsorted(exchange["site"], exchange["i"]), np.abs(exchange["J"]), len(signs))

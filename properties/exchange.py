@@ -11,7 +11,19 @@ from ase.io.jsonio import encode
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
+from .base import (
+    Options,
+    Progress,
+    Property,
+    Row,
+    derived,
+    of_members,
+    option,
+    over_members,
+    refuse_idle,
+    spread_of,
+    variable,
+)
 from .conventions import BOLTZMANN
 from .errors import MomentError, OptionError
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of
@@ -86,6 +98,9 @@ class ExchangeOptions(Options):
         ):
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} cannot be {getattr(self, name):g}; it lies between {low:g} and {high:g}")
+        if not self.states:
+            idle = ("seed", "biquadratic") if self.biquadratic else ("seed",)
+            refuse_idle(self, idle, "there are no random states")
 
 
 class Exchange(Property):
@@ -137,7 +152,10 @@ class Exchange(Property):
             turns = reference.turns(*tolerances) if soc else np.eye(3)[None]
             stage = "Hessian" if len(references) == 1 else f"Hessian, {name}"
             measured[name] = measure(reference, self._repeats[name], turns, calculator, progress, stage)
-        dataset = self._dataset(Joined(crystal, measured, soc), calculator, progress)
+        joined = Joined(crystal, measured, soc)
+        if not len(joined.pairs.first):
+            raise OptionError(f"no two moments are within {joined.radius:.3g} Å, half the supercell; raise radius")
+        dataset = self._dataset(joined, calculator, progress)
         if self.options.references:
             states = named_states(atoms, self.options.references, calculator)
             dataset.attrs["reference_structures"] = [encode(state) for state in states.values()]
@@ -212,7 +230,7 @@ class Exchange(Property):
             ),
             "tc_rpa": variable(
                 (),
-                self._rpa(model, np.sign(along[sites])) if reference.collinear else np.nan,
+                self._rpa(model, np.sign(along[sites]), ordering) if reference.collinear else np.nan,
                 "K",
                 "RPA ordering temperature of the reference, NaN where it is not collinear or not the lowest state",
             ),
@@ -369,13 +387,14 @@ class Exchange(Property):
             return np.zeros(3), float(values[0])
         return canonical(found, model.cell, rotations), value
 
-    def _rpa(self, model: "SpinModel", signs: Array) -> float:
+    def _rpa(self, model: "SpinModel", signs: Array, ordering: Array) -> float:
         """Return the RPA ordering temperature of collinear classical spins in K.
 
         With ⟨e_i⟩ = σ_i a_i, ``A(q) = diag(f) - J(q)`` and ``f_i = Σ_j J_ij σ_i σ_j a_j / a_i``, it is
         ``k_B T = ⅔ / ⟨A⁻¹⟩_ii``, the same for all sites i, which fixes the a_i; ``⅔ / ⟨1/(J(0) - J(q))⟩`` for one site.
         NaN where the average grows with the mesh, as in layers and chains (N. D. Mermin and H. Wagner, Phys. Rev. Lett.
-        17, 1133 (1966)).
+        17, 1133 (1966)), and where A is negative on the mesh or at the wave vector of the largest J(q), which may lie
+        between its points.
         """
         sizes = [self.options.mesh, 3 * self.options.mesh // 2, 2 * self.options.mesh]
         zero = model.isotropic_at(np.zeros((1, 3)))[0].real * np.outer(signs, signs)
@@ -399,6 +418,9 @@ class Exchange(Property):
                     break
                 shares = shares * np.sqrt(inverses.mean() / inverses)
             else:
+                return np.nan
+            softest = np.linalg.eigvalsh(np.diag(field) - model.isotropic_at(ordering[None])[0])[0]
+            if softest < -1e-6 * np.abs(field).max():
                 return np.nan
             averages.append(float(inverses.mean()))
         first, second = np.diff(averages)

@@ -233,8 +233,17 @@ def uppasd(table: SpinTable, drop: bool) -> dict[str, str]:
     return {name: _text(lines) for name, lines in files.items()}
 
 
-def spirit(table: SpinTable, drop: bool) -> dict[str, str]:
-    """Return ``spirit.cfg`` with every pair in one direction; meV."""
+def spirit(table: SpinTable, drop: bool, cells: int | None = None) -> dict[str, str]:
+    """Return ``spirit.cfg`` with every pair in one direction; meV.
+
+    Parameters
+    ----------
+    table : the spin Hamiltonian.
+    drop : leave out terms that the program does not hold, instead of refusing.
+    cells : cells along each vector of a periodic box that pairs are folded into, since the program leaves out those
+        that reach farther than across it; pairs of a site with itself, which are constant, have no place there. By
+        default pairs stay as they are, in a box of eight cells, or as many as they reach across.
+    """
     target = CONVENTIONS["spirit"]
     table.refuse_anisotropic("Spirit", drop)
     exchange, dmi = MMACE.convert(table.isotropic, target), MMACE.convert(table.dmi, target, "dmi")
@@ -246,7 +255,9 @@ def spirit(table: SpinTable, drop: bool) -> dict[str, str]:
             continue
         strength = float(np.linalg.norm(dmi[k]))
         unit = dmi[k] / strength if strength > 0 else np.zeros(3)
-        a, b, c = table.shift[k]
+        a, b, c = table.shift[k] if cells is None else (table.shift[k] + cells // 2) % cells - cells // 2
+        if (i, a, b, c) == (j, 0, 0, 0):
+            continue
         pairs.append(f"{i} {j} {a} {b} {c} {exchange[k]:.12e} {strength:.12e} {_row(unit)}")
     anisotropy = ["i K Kx Ky Kz"] + [
         f"{k} {s:.12e} {_row(a)}" for k, (s, a) in enumerate(zip(sizes, axes, strict=True))
@@ -254,7 +265,8 @@ def spirit(table: SpinTable, drop: bool) -> dict[str, str]:
     lengths = " ".join(f"{x:.10f}" for x in np.linalg.norm(table.moments, axis=1))
     lines = ["lattice_constant 1.0", "bravais_vectors", *(_row(v) for v in table.cell)]
     lines += ["basis", str(len(table.elements)), *(_row(p) for p in table.scaled)]
-    lines += ["n_basis_cells 8 8 8", "boundary_conditions 1 1 1", "hamiltonian heisenberg_pairs"]
+    size = max(8, int(np.abs(table.shift).max(initial=0))) if cells is None else cells
+    lines += [f"n_basis_cells {size} {size} {size}", "boundary_conditions 1 1 1", "hamiltonian heisenberg_pairs"]
     lines += [f"mu_s {lengths}", "external_field_magnitude 0", "external_field_normal 0 0 1"]
     lines += ["ddi_method none", f"n_anisotropy {len(sizes)}", *anisotropy]
     lines += [f"n_interaction_pairs {len(pairs) - 1}", *pairs]

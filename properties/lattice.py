@@ -41,7 +41,7 @@ class Lattice:
     Parameters
     ----------
     atoms : the unit cell; its moments are not used.
-    supercell_matrix : shape (3, 3); rows are the supercell's vectors in those of the unit cell.
+    supercell_matrix : shape (3, 3); phonopy's, columns are the supercell's vectors in those of the unit cell.
     primitive_matrix : shape (3, 3); phonopy's, columns are the primitive vectors in those of the unit cell.
     symprec : tolerance of phonopy's symmetry search, Å.
     dataset : displacements that were given, in phonopy's form; None lets phonopy choose them.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.geometry.minkowski_reduction import minkowski_reduce
 from numpy.typing import NDArray
 
 from .base import Progress
@@ -77,23 +78,23 @@ class Supercell:
         The last are given as home site · M + column, M the number of magnetic sites of the supercell.
         """
         lattice, count = self.atoms.cell[:], len(self.sites)
-        home = self.cell.positions[self.sites]
-        images = np.array(list(itertools.product((-2, -1, 0, 1), repeat=3)))
+        home, inverse = self.cell.positions[self.sites], np.linalg.inv(lattice)
         first, second, shift, vector, columns, others = [], [], [], [], [], []
         for i in range(count):
             for column in range(len(self.magnetic)):
                 cell, j = divmod(column, count)
                 base = home[j] + self.shifts[cell] @ self.cell.cell[:] - home[i]
-                all_images = base + images @ lattice
-                lengths = np.linalg.norm(all_images, axis=1)
-                best = int(np.argmin(lengths))
-                if lengths[best] < 1e-6:
+                # within the radius every coordinate in the supercell is below one half
+                image = -np.rint(base @ inverse).astype(np.int64)
+                near = base + image @ lattice
+                length = np.linalg.norm(near)
+                if length < 1e-6:
                     continue
-                if lengths[best] < self.radius - SAME_DISTANCE:
+                if length < self.radius - SAME_DISTANCE:
                     first.append(i)
                     second.append(j)
-                    shift.append(self.shifts[cell] + images[best] * np.array(self.repeats))
-                    vector.append(all_images[best])
+                    shift.append(self.shifts[cell] + image * np.array(self.repeats))
+                    vector.append(near)
                     columns.append(column)
                 else:
                     others.append(i * len(self.magnetic) + column)
@@ -107,20 +108,23 @@ class Supercell:
 
     def images(self) -> "Images":
         """Return every pair of a home site with a magnetic site of the supercell in all its nearest images."""
-        lattice, count = self.atoms.cell[:], len(self.sites)
+        count = len(self.sites)
         home = self.cell.positions[self.sites]
+        # with compact vectors the nearest images are among the next ones
+        lattice, compact = minkowski_reduce(self.atoms.cell[:])
         steps = np.array(list(itertools.product((-2, -1, 0, 1, 2), repeat=3)))
-        sizes = []
         first, column, shift, weight = [], [], [], []
         for i in range(count):
             there = self.cell.positions[np.tile(self.sites, len(self.shifts))]
             there = there + np.repeat(self.shifts, count, axis=0) @ self.cell.cell[:] - home[i]
-            sizes = np.linalg.norm(there[:, None] + (steps @ lattice)[None], axis=2)
+            whole = np.rint(there @ np.linalg.inv(lattice)).astype(np.int64)
+            sizes = np.linalg.norm((there - whole @ lattice)[:, None] + (steps @ lattice)[None], axis=2)
             near = sizes < sizes.min(axis=1, keepdims=True) + SAME_DISTANCE
             columns, which = np.nonzero(near)
             first.append(np.full(len(columns), i))
             column.append(columns)
-            shift.append(self.shifts[columns // count] + steps[which] * np.array(self.repeats))
+            taken = (steps[which] - whole[columns]) @ compact
+            shift.append(self.shifts[columns // count] + taken * np.array(self.repeats))
             weight.append(1 / near.sum(axis=1)[columns])
         return Images(*(np.concatenate(x) for x in (first, column, shift, weight)))
 
@@ -220,7 +224,9 @@ def _pairs_between(box: Supercell, low: float, high: float) -> float:
     steps = np.stack(np.meshgrid(*[np.arange(-n, n + 1) for n in counts], indexing="ij"), axis=-1).reshape(-1, 3) @ cell
     found = 0
     for here, there in itertools.product(home, repeat=2):
-        apart = np.linalg.norm(steps + there - here, axis=1)
+        between = there - here
+        between = between - np.rint(between @ np.linalg.inv(cell)) @ cell
+        apart = np.linalg.norm(steps + between, axis=1)
         found += int(((apart >= low - SAME_DISTANCE) & (apart <= high)).sum())
     return found / len(home)
 

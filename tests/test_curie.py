@@ -406,3 +406,12 @@ def test_refusals(monkeypatch):
     for bad in ({"ways": ("magic",)}, {"temperatures": (300.0, 200.0)}, {"sizes": (3, 2)}, {"measure": "area"}):
         with pytest.raises(OptionError):
             Curie(**bad)
+    for idle in (
+        {"ways": ("directions",), "model_sizes": (4, 8)},
+        {"ways": ("moments",), "model_samples": 2000},
+        {"ways": ("model",), "sizes": (3,)},
+        {"ways": ("model",), "walkers": 4},
+        {"ways": ("model", "directions"), "measure": "line"},
+    ):
+        with pytest.raises(OptionError, match="does nothing where"):
+            Curie(**idle)

@@ -13,7 +13,7 @@ from mmace_props.exchange import Exchange, SpinModel
 from mmace_props.magnon import Magnon
 from mmace_props.protocol import SpinCalculator, with_moments
 from mmace_props.spiral import SpinSpiral
-from mmace_props.supercell import Pairs, Supercell, reach_of
+from mmace_props.supercell import Coverage, Pairs, Supercell, reach_of
 from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
@@ -136,6 +136,18 @@ def test_mean_field_of_a_spiral():
     assert "J(q) is largest at q = (0, 0, " in data.attrs["note"]
 
 
+def test_no_temperature_where_a_spiral_between_the_points_of_the_mesh_is_lower():
+    """Strong planes on weak, frustrated chains: J(q) is largest at q = (0, 0, 0.02), next to the first points."""
+    atoms = with_moments(Atoms("Fe", cell=[3.6, 3.6, 1.6], pbc=True), [[0, 0, M]])
+    plane, j1, q = 3e-3, 5e-4, 0.02
+    j2 = -j1 / 4 / np.cos(2 * np.pi * q)
+    toy = CapableToy(Heisenberg(j1 - j2, 1.7), Heisenberg(j2 - plane, 3.3), Heisenberg(plane, 3.7), soc=False)
+    data = quick(radius=3.7, mesh=16).run(atoms, toy)
+    np.testing.assert_allclose(data["ordering_q"], [0, 0, q], atol=1e-4)
+    assert "not the lowest state" in data.attrs["note"]
+    assert np.isnan(float(data["tc_rpa"]))
+
+
 def test_the_wrong_order_of_one_cell_is_said_to_be_wrong():
     """Parallel sublattices of an antiferromagnet share q = 0 with the right order, which is not theirs."""
     atoms = Atoms("FeCr", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.8] * 3, pbc=True)
@@ -143,6 +155,53 @@ def test_the_wrong_order_of_one_cell_is_said_to_be_wrong():
     assert "another order of the cell's own moments" in data.attrs["note"]
     assert float(data["tc_mean_field"]) == pytest.approx(2 / 3 * 8 * J * M**2 / BOLTZMANN, rel=1e-6)
     assert np.isnan(float(data["tc_rpa"]))
+
+
+def by_vector(dataset):
+    """Tensors by the elements of the two atoms and the vector between them."""
+    names = dict(zip(dataset["site"].values.tolist(), dataset["element"].values.tolist(), strict=True))
+    rows = zip(
+        dataset["i"].values, dataset["j"].values, dataset["vector"].values, dataset["tensor"].values, strict=True
+    )
+    return {(names[int(i)], names[int(j)], *(np.round(r, 4) + 0.0)): t for i, j, r, t in rows}
+
+
+@pytest.mark.parametrize("cells", [(5, 0, 0), (9, 0, -21), (-2, 40, 3)])
+def test_an_atom_of_another_cell_is_the_same_atom(cells):
+    """Positions that left the cell, as after molecular dynamics, change neither pairs nor tensors nor magnons."""
+    atoms = with_moments(chiral(), [2.1, 1.4])
+    away = atoms.copy()
+    away.positions[1] += np.array(cells) @ atoms.cell[:]
+    toy = CapableToy(Heisenberg(2e-3, 3.0), DMI(4e-4, 3.0))
+    toy.reach = 3.0
+    here, there = (quick().run(a, toy) for a in (atoms, away))
+    assert there.attrs["supercell"] == here.attrs["supercell"]
+    expected, found = by_vector(here), by_vector(there)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), atol=1e-9)
+    magnons = [Magnon(points=5, mesh=2).run(a, toy.replace(soc=False)) for a in (atoms, away)]
+    np.testing.assert_allclose(magnons[1]["energy"], magnons[0]["energy"], atol=1e-6)
+    boxes = [Supercell(a, np.arange(2), (1, 1, 1)) for a in (atoms, away)]
+    coverages = [
+        Coverage.of(b, SpinCalculator(toy), b.cell.get_initial_magnetic_moments(), np.zeros((2, 2, 2, 2)))
+        for b in boxes
+    ]
+    assert coverages[1].pairs == coverages[0].pairs > 0
+
+
+def test_nearest_images_in_sheared_supercells():
+    """Every pair in its shortest vectors, whatever the vectors of the cell."""
+    atoms = chiral()
+    sheared = atoms.copy()
+    sheared.set_cell(np.array([[1, 0, 0], [4, 1, 0], [-3, 5, 1]]) @ atoms.cell[:])
+    box = Supercell(sheared, np.arange(2), (2, 2, 2))
+    images = box.images()
+    vectors = images.shift @ sheared.cell[:] + sheared.positions[images.column % 2] - sheared.positions[images.first]
+    steps = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) @ (2 * atoms.cell[:])
+    for first, column, vector in zip(images.first, images.column, vectors, strict=True):
+        whole = np.rint(np.linalg.solve(2 * atoms.cell[:].T, vector)) @ (2 * atoms.cell[:])
+        shortest = np.linalg.norm(vector - whole + steps, axis=1).min()
+        assert np.linalg.norm(vector) == pytest.approx(shortest, abs=1e-3), (first, column)
 
 
 def test_stiffness_beyond_the_supercell():
@@ -727,9 +786,15 @@ def test_refusals():
         quick().run(with_moments(atoms, np.zeros((2, 3))), toy)
     with pytest.raises(MomentError, match="vanish"):
         quick(moments="magnitudes").run(ferromagnet(atoms, 1.0), CapableToy(Landau(-0.05, 0.001), soc=False))
+    with pytest.raises(OptionError, match=r"no two moments are within 5\.5 Å"):
+        quick().run(with_moments(Atoms("Fe", cell=[11.0, 11.5, 12.0], pbc=True), [[0, 0, M]]), toy)
     with pytest.raises(OptionError, match="no path 'GQQ'"):
         quick(path="GQQ").run(ferromagnet(atoms), toy)
     with pytest.raises(OptionError, match="radius"):
         Exchange(radius=0.1)
+    for idle in ({"biquadratic": 3}, {"seed": 1}):
+        with pytest.raises(OptionError, match="does nothing where there are no random states"):
+            Exchange(states=0, **idle)
+    Exchange(states=0, biquadratic=0)
     with pytest.raises(OptionError, match="tolerance"):
         Exchange(tolerance=0.0)

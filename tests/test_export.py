@@ -1,6 +1,7 @@
 """Exchange as files of other programs: energies of random states from what is written, and programs that read it."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.errors import ConventionError, OptionError, OutputError
 from mmace_props.exchange import Exchange, SpinModel
-from mmace_props.export import export, spin_table
+from mmace_props.export import export, spin_table, spirit
 from mmace_props.protocol import with_moments
 from mmace_props.supercell import Pairs, Supercell
 
@@ -226,6 +227,46 @@ def test_spirit_itself_gives_the_energy(plain, full, tmp_path, monkeypatch):
         assert energy == pytest.approx(expected_energy(kept, spins) - shift, rel=1e-6)
 
 
+def test_spirit_in_boxes_smaller_than_the_pairs_reach(tmp_path, monkeypatch):
+    """Spirit leaves out pairs that reach farther than across its box; folded into it, they have their energy."""
+    state = pytest.importorskip("spirit.state")
+    from spirit import system
+
+    monkeypatch.chdir(tmp_path)
+    atoms = with_moments(chiral(), [2.1, 1.4])
+    dataset = Exchange(states=0, points=5, mesh=4, radius=6.0).run(
+        atoms, CapableToy(Heisenberg(2e-3, 6.5, 0.5), DMI(4e-4, 3.0))
+    )
+    table = spin_table(dataset)
+    reach = int(np.abs(table.shift).max())
+    assert reach > 1
+    bare = Pairs(table.first, table.second, table.shift, np.zeros((len(table.first), 3)))
+    kept = table.tensor - table.anisotropic
+    for size in range(1, reach + 2):
+        (tmp_path / "spirit.cfg").write_text(spirit(table, drop=True, cells=size)["spirit.cfg"])
+        spins = np.random.default_rng(size).normal(size=(2, size**3 * 2, 3))
+        spins /= np.linalg.norm(spins, axis=2)[..., None]
+        found = []
+        with state.State("spirit.cfg", quiet=True) as handle:
+            for one in spins:
+                order = one.reshape(size, size, size, 2, 3).transpose(2, 1, 0, 3, 4).reshape(-1, 3)
+                system.get_spin_directions(handle)[:] = order
+                system.update_data(handle)
+                found.append(system.get_energy(handle))
+        model = SpinModel(chiral(), np.arange(2), bare, kept, table.onsite)
+        expected = model.energy(spins, Supercell(chiral(), np.arange(2), (size,) * 3))
+        # pairs of a moment with itself are constant
+        assert np.ptp(found) == pytest.approx(np.ptp(expected), rel=1e-5)
+
+
+def test_spirit_has_room_for_every_pair(plain):
+    """A box of eight cells, or more where pairs reach across more."""
+    table = spin_table(plain)
+    far = replace(table, shift=table.shift * np.array([1, 1, 11]))
+    for one, size in ((table, 8), (far, 11 * int(np.abs(table.shift[:, 2]).max()))):
+        assert f"n_basis_cells {size} {size} {size}" in spirit(one, drop=True)["spirit.cfg"]
+
+
 def test_tb2j(plain, tmp_path):
     """J, D and the anisotropic part of exchange.out add up to the tensor, for every pair."""
     export(plain, "tb2j", tmp_path)
@@ -309,7 +350,7 @@ def test_command_line(plain, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.nc").write_text("nonsense")
     for arguments, word in (
         (["bad.nc", "--to", "vampire"], "cannot be read as a dataset"),
-        (["missing.nc", "--to", "vampire"], "cannot be read as a dataset"),
+        (["missing.nc", "--to", "vampire"], "there is no dataset 'missing.nc'"),
         (["x.nc", "--to", "vampir"], "did you mean 'vampire'"),
         (["x.nc"], "--to"),
     ):
