@@ -12,12 +12,21 @@ from scipy.integrate import lebedev_rule
 from scipy.spatial.transform import Rotation
 from scipy.special import sph_harm_y
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, option, refuse_idle, spread_of, variable
 from .conventions import MICRO_EV, MJ_PER_M3
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
 from .magnetoelastic import magnetoelastic
+from .orders import KEPT, LOST_ORDER, order_is_kept
 from .protocol import ZERO_MOMENT, SpinCalculator, moments_of, with_moments
-from .symmetry import Pattern, PatternSymmetry, orbit, pattern_symmetry, shortest_rotation, site_symmetry
+from .symmetry import (
+    Pattern,
+    PatternSymmetry,
+    nearest_rotation,
+    orbit,
+    pattern_symmetry,
+    shortest_rotation,
+    site_symmetry,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +37,8 @@ LEBEDEV = {86: 15, 110: 17, 146: 19, 170: 21, 194: 23, 302: 29, 350: 31, 434: 35
 """Number of directions and degree of the quadratures with positive weights that keep l ≤ 6 apart."""
 DEGREES = (0, 2, 4, 6)
 CHUNK = 64
+SAME_AXIS = float(np.cos(np.deg2rad(20)))
+"""Two axes with a larger cosine between them are one."""
 ZERO_NOTE = {
     True: "E(n) is constant to rounding: no anisotropy, as it must be without spin-orbit coupling",
     False: "E(n) is constant to rounding: the anisotropy, if there is any, lies below the calculator's precision",
@@ -64,6 +75,8 @@ class AnisotropyOptions(Options):
             raise OptionError(f"strain_step cannot be {self.strain_step:g}; it lies between 1e-5 and 0.02")
         if self.turns < 4:
             raise OptionError(f"turns cannot be {self.turns}; it is at least 4")
+        if not self.strain:
+            refuse_idle(self, ("strain_step",), "strain is off")
 
 
 class Surface:
@@ -249,6 +262,8 @@ class Anisotropy(Property):
         if np.linalg.norm(moments, axis=1).max() <= 1e-3:
             raise MomentError("the moments vanish when they are relaxed, so there is no anisotropy; start elsewhere")
         pattern = Pattern.of(moments)
+        if self.options.strain and not pattern.collinear:
+            raise OptionError("magnetoelastic constants need a collinear pattern of moments; leave strain out")
         symmetry = pattern_symmetry(atoms, pattern.along, self.options.symprec, self.options.mag_symprec)
         surface = Surface(atoms, calculator, moments, self.options.relax == "each")
         points, weights = lebedev_rule(LEBEDEV[self.options.directions])
@@ -261,12 +276,11 @@ class Anisotropy(Property):
             dataset.attrs["images"] = _images_of(atoms, moments, self.options.symprec, self.options.mag_symprec)
         dataset = dataset.assign_coords(_site_coords(atoms))
         dataset["moments"] = variable(("site", "xyz"), moments, "µB", "moments that were turned")
+        dataset["order_kept"] = variable((), float(order_is_kept(moments_of(atoms), moments)), "1", KEPT)
         dataset["frame"] = variable(("frame_axis", "xyz"), symmetry.frame, "1", "axes x', y', z' of the lattice")
         dataset.attrs["system"] = symmetry.system
         dataset.attrs["rotations"] = symmetry.rotations
         if self.options.strain:
-            if not pattern.collinear:
-                raise OptionError("magnetoelastic constants need a collinear pattern of moments; leave strain out")
             dataset.update(self._strain(atoms, calculator, moments, symmetry, progress))
         return dataset
 
@@ -397,7 +411,7 @@ class Anisotropy(Property):
         starts: list[Array] = []
         for k in np.argsort(sign * energy, kind="stable"):
             images = symmetry.rotations @ directions[k]
-            if all(np.abs(images @ s).max() < np.cos(np.deg2rad(20)) for s in starts):
+            if all(np.abs(images @ s).max() < SAME_AXIS for s in starts):
                 starts.append(directions[k])
             if len(starts) == 2:
                 break
@@ -498,11 +512,13 @@ class Anisotropy(Property):
         dataset.attrs.pop("images", None)
         for name in ("easy_axis", "hard_axis"):
             if name in dataset:
+                if (alike := _alike(dataset, name)) is not None:
+                    dataset[name].values[...] = dataset[f"{name}_member"].values[alike].mean(axis=0)
                 length = np.linalg.norm(dataset[name].values)
                 dataset[name].values[...] = dataset[name].values / length
         for name in ("easy_rotation", "hard_rotation"):
             if name in dataset and np.isfinite(dataset[name].values).all():
-                dataset[name].values[...] = _nearest_rotation(dataset[name].values)
+                dataset[name].values[...] = nearest_rotation(dataset[name].values)
         if int(dataset["is_zero"]):
             dataset.attrs["note"] = ZERO_NOTE[calculator.soc is False]
         elif float(dataset.get("symmetry_residual", xr.DataArray(0.0))) > 1e-2 * float(dataset["mae"]):
@@ -519,7 +535,10 @@ class Anisotropy(Property):
         return dataset
 
     def align(self, parts: list[xr.Dataset]) -> list[xr.Dataset]:
-        """Choose among each member's equivalent axes or orientations the one closest to the first member's."""
+        """Choose among each member's equivalent axes the one closest to that of most members.
+
+        Of equivalent orientations it is the one closest to the first member's.
+        """
         if len({(p.attrs["expansion"], p.attrs["system"], p.attrs["collinear"]) for p in parts}) > 1:
             raise CalculatorError(
                 "the members of the committee relax to moments of different symmetry; keep the moments fixed"
@@ -527,12 +546,17 @@ class Anisotropy(Property):
         for name in ("easy_axis", "hard_axis"):
             if name not in parts[0]:
                 continue
-            for part in parts[1:]:
-                images = self._images(part, part[name].values)
-                overlaps = images @ parts[0][name].values
+            images = [self._images(part, part[name].values) for part in parts]
+            axes = np.array([part[name].values for part in parts])
+            closest = np.array([np.abs(image @ axes.T).max(axis=0) for image in images])
+            first = int((closest > SAME_AXIS).sum(axis=0).argmax())
+            for part, image in zip(parts, images, strict=True):
+                overlaps = image @ axes[first]
                 if np.all(np.isfinite(overlaps)):
                     best = int(np.argmax(np.abs(overlaps)))
-                    part[name].values[...] = images[best] * np.sign(overlaps[best])
+                    part[name].values[...] = image[best] * (1 if overlaps[best] >= 0 else -1)
+            if name == "easy_axis" and "easy_axes" in parts[first].attrs:
+                parts[0].attrs["easy_axes"] = parts[first].attrs["easy_axes"]
         for name in ("easy_rotation", "hard_rotation"):
             if name not in parts[0]:
                 continue
@@ -556,6 +580,8 @@ class Anisotropy(Property):
         for symbol in dict.fromkeys(dataset["element"].values.tolist()):
             mean = float(lengths[dataset["element"].values == symbol].mean())
             rows.append(Row(f"|m| of {symbol}", mean, "µB"))
+        if float(dataset["order_kept"]) < 1:
+            rows.append(Row("order", LOST_ORDER))
         if "K" in dataset:
             for name in dataset["constant"].values:
                 where = {"constant": name}
@@ -583,8 +609,9 @@ class Anisotropy(Property):
             rows.append(Row("easy axis", "none: E(n) is constant"))
         elif "easy_axis" in dataset:
             count = dataset.attrs.get("easy_axes", 1)
-            rows.append(Row("easy axis", f"{_written(dataset['easy_axis'].values)}, {count} equivalent"))
-            rows.append(Row("hard axis", _written(dataset["hard_axis"].values)))
+            easy, hard = (_written(dataset[name].values) for name in ("easy_axis", "hard_axis"))
+            rows.append(Row("easy axis", f"{easy}, {count} equivalent{_who_agrees(dataset, 'easy_axis')}"))
+            rows.append(Row("hard axis", f"{hard}{_who_agrees(dataset, 'hard_axis')}"))
         if "easy_rotation" in dataset and not int(dataset["is_zero"]):
             first = int(np.argmax(lengths > ZERO_MOMENT))
             easy = dataset["easy_rotation"].values @ dataset["moments"].values[first] / lengths[first]
@@ -620,17 +647,26 @@ def _images_of(atoms: Atoms, moments: Array, symprec: float, mag_symprec: float)
     left, right = [], []
     for rotation, image in zip(crystal.rotations, crystal.images, strict=True):
         for sign in (1, -1):
-            turn = _nearest_rotation(sign * moments.T @ moments[image])
+            turn = nearest_rotation(sign * moments.T @ moments[image])
             if np.linalg.norm(moments[image] @ turn.T - sign * moments, axis=1).max() <= mag_symprec:
                 left.append(np.linalg.det(rotation) * rotation)
                 right.append(turn)
     return np.array(left), np.array(right)
 
 
-def _nearest_rotation(matrix: Array) -> Array:
-    """Return the proper rotation closest to a matrix (3, 3)."""
-    u, _, v = np.linalg.svd(matrix)
-    return np.asarray(u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v)
+def _alike(dataset: xr.Dataset, name: str) -> NDArray[np.bool_] | None:
+    """Return which members of a committee share the axis that most of them have, None where there is none."""
+    if f"{name}_member" not in dataset:
+        return None
+    axes = dataset[f"{name}_member"].values
+    close = axes @ axes.T > SAME_AXIS
+    return close[int(close.sum(axis=1).argmax())] if close.any() else None
+
+
+def _who_agrees(dataset: xr.Dataset, name: str) -> str:
+    """Return ``", k of n members"`` where some members have another axis, else nothing."""
+    alike = _alike(dataset, name)
+    return "" if alike is None or alike.all() else f", {alike.sum()} of {len(alike)} members"
 
 
 def _rms(values: Array, weights: Array) -> float:

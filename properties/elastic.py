@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from scipy.integrate import lebedev_rule
 from scipy.linalg import block_diag, null_space
 
-from .base import Options, Progress, Property, Row, option, spread_of, variable
+from .base import Options, Progress, Property, Row, option, refuse_idle, spread_of, variable
 from .conventions import BOLTZMANN, GPA, HBAR, MJ_PER_M3, VOIGT
 from .errors import ConvergenceError, OptionError
 from .journal import Part
-from .magnetoelastic import CUBIC, DEGREE, cubic_constants, magnetoelastic, projected
+from .magnetoelastic import CUBIC, DEGREE, SOFTEST, cubic_constants, magnetoelastic, projected
+from .orders import KEPT, LOST_ORDER, order_is_kept
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, free_axes, moments_of, with_moments
 from .relax import Freedom, magnetic_residual, relax_structure
 from .stiffness import birch, from_six, lagrangian, to_six, to_tensor, to_voigt, voigt_rotation
@@ -112,6 +113,8 @@ class ElasticOptions(Options):
             raise OptionError(f"pressure cannot be {self.pressure:g}; it lies between -100 and 1000")
         if self.pressure and self.relax != "full":
             raise OptionError("a pressure needs a cell that is relaxed; leave pressure out, or use relax full")
+        if not self.finite_strain:
+            refuse_idle(self, ("strain_step",), "no finite strains are computed")
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,14 @@ class Averages:
     anisotropy: float
 
 
+def compliance(stiffness: Array) -> Array:
+    """Return the inverse of a symmetric stiffness, shape (6, 6); NaN where some strain costs nothing."""
+    scale = np.abs(np.linalg.eigvalsh(stiffness))
+    if scale.min() <= SOFTEST * scale.max():
+        return np.full((6, 6), np.nan)
+    return np.asarray(np.linalg.inv(stiffness), dtype=float)
+
+
 def averages(stiffness: Array) -> Averages:
     """Average a stiffness over orientations after Voigt, Reuss and Hill.
 
@@ -257,7 +268,7 @@ def averages(stiffness: Array) -> Averages:
     stiffness : Voigt, GPa, shape (6, 6).
     """
     c = (stiffness + stiffness.T) / 2
-    s = np.linalg.inv(c)
+    s = compliance(c)
     bulk_voigt = c[:3, :3].sum() / 9
     bulk_reuss = 1 / s[:3, :3].sum()
     pairs = c[0, 1] + c[0, 2] + c[1, 2]
@@ -293,7 +304,7 @@ class Elastic(Property):
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Relax, differentiate, strain, and derive with one model."""
-        mode = self.mode(calculator)
+        mode, start = self.mode(calculator), moments_of(atoms)
         atoms = self._stationary(atoms, calculator, mode, progress)
         moments, volume, n = moments_of(atoms), atoms.get_volume(), len(atoms)
         forces, stress = calculator.forces(atoms, moments), from_six(calculator.stress(atoms, moments))
@@ -330,6 +341,7 @@ class Elastic(Property):
             "cell": variable(("vector", "xyz"), atoms.cell[:], "Å", "lattice vectors of the state"),
             "positions": variable(("site", "xyz"), atoms.positions, "Å", "positions of the state"),
             "moments": variable(("site", "xyz"), moments, "µB", "moments of the state"),
+            "order_kept": variable((), float(order_is_kept(start, moments)), "1", KEPT),
             "force_residual": variable(
                 (), float(np.linalg.norm(forces, axis=1).max()), "eV/Å", "largest force of the state"
             ),
@@ -545,8 +557,10 @@ def _variables(
     }
     halves = (coefficients + coefficients.transpose(0, 2, 1)) / 2
     eigenvalues = np.array([np.linalg.eigvalsh(KELVIN * c * KELVIN.T) for c in halves])
-    stable = eigenvalues[:, 0] > 0
-    found["S"] = variable(two, np.array([np.linalg.inv(c) for c in halves]), "1/GPa", "elastic compliances")
+    stable = eigenvalues[:, 0] > SOFTEST * np.abs(eigenvalues).max(axis=1)
+    found["S"] = variable(
+        two, np.array([compliance(c) for c in halves]), "1/GPa", "elastic compliances, NaN where a strain costs nothing"
+    )
     found["eigenvalues"] = variable(
         ("level", "mode"), eigenvalues, "GPa", "eigenvalues of C as a tensor, all positive where it is stable (Born)"
     )
@@ -627,6 +641,8 @@ def _rows(dataset: xr.Dataset) -> list[Row]:
                 spread_of(dataset, name, **last),
             )
         )
+    if float(dataset["order_kept"]) < 1:
+        rows.append(Row("order", LOST_ORDER))
     unstable = [LEVEL_TEXT[k] for k in levels if float(dataset["stable"].sel(level=k)) < 1]
     rows.append(Row("Born stability", f"unstable: {', '.join(unstable)}" if unstable else "stable"))
     lowest = dataset["eigenvalues"].sel(**last, mode=0)

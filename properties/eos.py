@@ -15,7 +15,7 @@ from scipy.optimize import brentq, least_squares
 from .base import Options, Progress, Property, Row, derived, of_members, option, over_members, spread_of, variable
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, MomentError, OptionError
-from .orders import order_is_kept
+from .orders import KEPT, order_is_kept
 from .protocol import (
     SMALLEST_MOMENT,
     ZERO_MOMENT,
@@ -305,14 +305,14 @@ class EquationOfState(Property):
             if key != "form"
         }
         lengths = np.linalg.norm(np.array(moments), axis=-1)
-        carrying = np.linalg.norm(moments_of(atoms), axis=1) > ZERO_MOMENT
+        carrying = np.linalg.norm(moments_of(atoms), axis=1) > SMALLEST_MOMENT
         mean = lengths[:, :, carrying].mean(axis=-1) if carrying.any() else lengths.mean(axis=-1)
         both, one = ("state", "volume"), ("state", "fit")
         data: dict[str, Any] = {
             "energy": variable(both, np.array(energies), "eV/atom", "energy"),
             "moment": variable(both, mean, "µB", "mean |m| of the atoms that carry a moment"),
             "site_moments": variable((*both, "site", "xyz"), np.array(moments), "µB", "moments reached"),
-            "order_kept": variable(both, np.array(kept, dtype=float), "1", "1 where no moment vanished or turned over"),
+            "order_kept": variable(both, np.array(kept, dtype=float), "1", KEPT),
             "E0": variable(one, field["e0"], "eV/atom", "energy at the minimum"),
             "V0": variable(one, field["v0"], "Å³/atom", "volume at the minimum"),
             "B0": variable(one, field["b0"] * GPA, "GPa", "bulk modulus"),

@@ -10,8 +10,8 @@ from ase.geometry.minkowski_reduction import minkowski_reduce
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import MomentError, OptionError, StructureError
-from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, superlattices, with_moments
-from .symmetry import primitive_cell
+from .protocol import SMALLEST_MOMENT, superlattices, with_moments
+from .symmetry import nearest_rotation, primitive_cell
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -19,6 +19,9 @@ Integers = NDArray[np.int64]
 MOST_SITES = 16
 """Magnetic sites in a supercell whose sign patterns are still enumerated."""
 COMPENSATED = 1e-6
+
+KEPT = "1 where no moment vanished or turned over"
+LOST_ORDER = "lost: a moment vanished or turned over"
 
 SAME_ENERGY = 1e-6
 """Energies per atom in eV that differ by no more belong to one state."""
@@ -58,7 +61,7 @@ def collinear_orders(
     Parameters
     ----------
     atoms : the crystal.
-    lengths : |m| of its atoms in µB, shape (N,); those with zero stay without.
+    lengths : |m| of its atoms in µB, shape (N,); those that have vanished stay without.
     axis : of the moments, shape (3,).
     max_cells : size of the largest supercell.
     max_orders : most orders to return.
@@ -75,7 +78,7 @@ def collinear_orders(
     StructureError : spglib finds no symmetry at this tolerance.
     """
     small, sizes = primitive_cell(atoms, _merged(atoms, np.abs(lengths), mag_symprec), symprec, mag_symprec)
-    sites = np.flatnonzero(sizes > ZERO_MOMENT)
+    sites = np.flatnonzero(sizes > SMALLEST_MOMENT)
     if not len(sites):
         raise MomentError("no atom carries a moment, so there are no orders to try; give moments in µB")
     if len(sites) > MOST_SITES:
@@ -121,10 +124,11 @@ def _merged(atoms: Atoms, lengths: Array, tolerance: float) -> Array:
 
 
 def order_is_kept(start: Array, reached: Array) -> bool:
-    """Say whether every moment that was there still is, on the same side; both (N, 3) in µB."""
+    """Say whether every moment that was there still is, on the same side up to a turn of all; both (N, 3) in µB."""
     lengths = np.linalg.norm(start, axis=1)
-    carrying = lengths > ZERO_MOMENT
-    along = np.einsum("ix,ix->i", start[carrying], reached[carrying]) / lengths[carrying]
+    carrying = lengths > SMALLEST_MOMENT
+    turned = reached @ nearest_rotation(start.T @ reached).T
+    along = np.einsum("ix,ix->i", start[carrying], turned[carrying]) / lengths[carrying]
     return bool((along > SMALLEST_MOMENT).all())
 
 

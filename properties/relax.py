@@ -20,7 +20,7 @@ from .base import Options, Progress, Property, Row, option, refuse_idle, spread_
 from .conventions import GPA
 from .errors import CalculatorError, ConvergenceError, OptionError, PropertyError
 from .files import check_writable, write_whole
-from .orders import CollinearOrder, collinear_orders, order_is_kept, rank
+from .orders import KEPT, LOST_ORDER, CollinearOrder, collinear_orders, order_is_kept, rank
 from .protocol import (
     SMALLEST_MOMENT,
     ZERO_MOMENT,
@@ -433,7 +433,7 @@ class Relaxation(Property):
                 (),
                 float(order_is_kept(start, moments_of(found.atoms))),
                 "1",
-                "1 where no moment vanished or turned over",
+                KEPT,
             ),
             "step_energy": variable("step", path["energy"] / n, "eV/atom", "energy of each step"),
             "step_force": variable("step", path["force"], "eV/Å", "largest force of each step"),
@@ -469,7 +469,7 @@ class Relaxation(Property):
                 continue
             n, reached = len(order.atoms), moments_of(found.atoms)
             lengths = np.linalg.norm(reached, axis=1)
-            carrying = np.linalg.norm(moments_of(order.atoms), axis=1) > ZERO_MOMENT
+            carrying = np.linalg.norm(moments_of(order.atoms), axis=1) > SMALLEST_MOMENT
             scalars["energy"][k] = (found.energy + self.options.pressure / GPA * found.atoms.get_volume()) / n
             scalars["volume"][k] = found.atoms.get_volume() / n
             scalars["moment"][k] = lengths[carrying].mean() if carrying.any() else 0.0
@@ -489,7 +489,7 @@ class Relaxation(Property):
             "volume": variable("order", scalars["volume"], "Å³/atom", "volume"),
             "moment": variable("order", scalars["moment"], "µB", "mean |m| of the atoms that began with a moment"),
             "net_moment": variable("order", scalars["net"], "µB/atom", "length of the net moment"),
-            "order_kept": variable("order", scalars["kept"], "1", "1 where no moment vanished or turned over"),
+            "order_kept": variable("order", scalars["kept"], "1", KEPT),
             "cell": variable(("order", "vector", "xyz"), cells, "Å", "lattice vectors"),
             "positions": variable(("order", "site", "xyz"), positions, "Å", "positions, NaN beyond the cell's atoms"),
             "moments": variable(("order", "site", "xyz"), moments, "µB", "moments, NaN beyond the cell's atoms"),
@@ -582,7 +582,7 @@ def _single_rows(dataset: xr.Dataset) -> list[Row]:
             text = " ".join(f"{x:.3f}" for x in moment)
             rows.append(Row(f"moment of {dataset['element'].values[site]} {site}", text, "µB"))
     if float(dataset["order_kept"]) < 1:
-        rows.append(Row("order", "lost: a moment vanished or turned over"))
+        rows.append(Row("order", LOST_ORDER))
     rows += [
         Row("magnetic space group", str(dataset.attrs["relaxed_magnetic_space_group"])),
         Row("largest force left", float(np.abs(dataset["forces"].values).max()), "eV/Å"),
@@ -661,4 +661,6 @@ def _magcif(atoms: Atoms) -> str:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return str(CifWriter(structure, write_magmoms=True, significant_figures=10))
+        text = str(CifWriter(structure, write_magmoms=True, significant_figures=10))
+    # zero moments are left out, and a loop without rows cannot be read
+    return text if moments_of(atoms).any() else f"{text}  {atoms.symbols[0]}0  0.0  0.0  0.0\n"

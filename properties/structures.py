@@ -1,6 +1,7 @@
 """Reading structures with their moments, checking them, and stating a guess where moments are missing."""
 
 import itertools
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from ase.neighborlist import neighbor_list
 from numpy.typing import NDArray
 
 from .errors import MomentError, OptionError, StructureError, did_you_mean
-from .protocol import ZERO_MOMENT, SpinCalculator, bare, moments_of, vectors, with_moments
+from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, bare, moments_of, vectors, with_moments
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -79,8 +80,12 @@ def read_structure(path: str | Path) -> Atoms:
 def _read_file(path: str | Path) -> tuple[Atoms, Array | None]:
     """Return a structure without moments, and those of the file as they are there, shape (N, 3) or (N,), µB."""
     file = Path(path)
+    if file.is_dir():
+        raise StructureError(f"'{path}' is a directory; name one structure file (screen takes directories)")
     if not file.is_file():
         raise StructureError(f"there is no structure file '{path}'; check the path")
+    if not file.stat().st_size:
+        raise StructureError(f"the structure file '{path}' is empty; give CIF, POSCAR, extxyz or another format of ASE")
     try:
         is_cif = file.suffix.lower() in (".cif", ".mcif")
         text = file.read_text(errors="replace") if is_cif else ""
@@ -91,8 +96,12 @@ def _read_file(path: str | Path) -> tuple[Atoms, Array | None]:
 
             atoms = read_unit_cell(file)
         else:
-            found = read(file, format="cif" if is_cif else None)
-            atoms = found[-1] if isinstance(found, list) else found
+            found = read(file, format="cif" if is_cif else None, index=":")
+            if not found:
+                raise ValueError("it holds no structure")
+            if len(found) > 1:
+                warnings.warn(f"'{path}' holds {len(found)} structures; the last one is taken", stacklevel=2)
+            atoms = found[-1]
             if is_cif:
                 _refuse_partial(atoms, file)
     except StructureError:
@@ -128,9 +137,20 @@ def _refuse_partial(atoms: Atoms, file: Path) -> None:
 def _read_magcif(text: str) -> Atoms:
     from pymatgen.io.cif import CifParser
 
+    if not re.search(r"_atom_site_moment[._]crystalaxis_x", text):
+        raise StructureError("its moments are not along the crystal axes; give them as _atom_site_moment.crystalaxis_x")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        structure = CifParser.from_str(text).parse_structures(primitive=False)[0]
+        parser = CifParser.from_str(text)
+        structure = parser.parse_structures(primitive=False)[0]
+        if any("No magnetic symmetry" in w for w in parser.warnings):
+            # operations without time reversal were passed over
+            plain = CifParser.from_str(text.replace("_atom_site_moment", "_moment"))
+            if len(plain.parse_structures(primitive=False)[0]) != len(structure):
+                raise StructureError(
+                    "its symmetry operations are not those of a magnetic space group, so they say nothing about "
+                    "moments; give _space_group_symop_magn_operation.xyz, or all atoms of the cell"
+                )
     if not structure.is_ordered:
         site = next(s for s in structure if not s.is_ordered)
         raise StructureError(f"the site {site.species_string} is partially occupied; give an ordered structure")
@@ -337,9 +357,18 @@ def read_moments(path: str | Path, atoms: Atoms) -> Array:
     StructureError : the file's structure is another.
     """
     try:
-        rows = np.loadtxt(path, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = np.loadtxt(path, ndmin=2)
     except (OSError, ValueError):
         return _moments_of_file(path, atoms)
+    if not rows.size:
+        raise MomentError(f"the file of the moments '{path}' is empty; give one or three numbers in µB for each atom")
+    if len(rows) != len(atoms) or rows.shape[1] not in (1, 3):
+        raise MomentError(
+            f"'{path}' holds {len(rows)} x {rows.shape[1]} numbers, but {len(atoms)} atoms need {len(atoms)} rows of "
+            "one or three; give a row for each atom"
+        )
     return vectors(rows[:, 0] if rows.shape[1] == 1 else rows, len(atoms))
 
 
@@ -456,7 +485,7 @@ def antiferromagnetic_signs(atoms: Atoms, lengths: Array) -> Array:
     Parameters
     ----------
     atoms : the structure.
-    lengths : |m| in µB, shape (N,); sites with zero are left out.
+    lengths : |m| in µB, shape (N,); sites where it has vanished are left out.
 
     Returns
     -------
@@ -466,7 +495,7 @@ def antiferromagnetic_signs(atoms: Atoms, lengths: Array) -> Array:
     ------
     MomentError : the cell has no even number of magnetic sites, or too many to try.
     """
-    magnetic = np.flatnonzero(np.abs(lengths) > ZERO_MOMENT)
+    magnetic = np.flatnonzero(np.abs(lengths) > SMALLEST_MOMENT)
     n = len(magnetic)
     if n < 2 or n % 2:
         raise MomentError(

@@ -68,6 +68,12 @@ def shortest_rotation(start: Array, end: Array) -> Array:
     return np.eye(3) + k + k @ k / (1 + dot)
 
 
+def nearest_rotation(matrix: Array) -> Array:
+    """Return the proper rotation closest to a matrix (3, 3)."""
+    u, _, v = np.linalg.svd(matrix)
+    return np.asarray(u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v)
+
+
 @dataclass(frozen=True)
 class PatternSymmetry:
     """Point symmetry of E(n) for a pattern with signs ±: rotations that keep the pattern up to a global sign.

@@ -340,6 +340,27 @@ def test_committee_members_with_other_equivalent_axes_agree():
     np.testing.assert_allclose(dataset["easy_axis_std"], 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("values", [(-1e-4, 4e-4, 5e-4, 3e-4), (4e-4, -1e-4, 5e-4, 3e-4)])
+def test_axes_of_a_committee_are_those_of_most_members(values):
+    """One member has an easy plane and three an easy axis, across it: the axis is named, whoever comes first."""
+    atoms = with_moments(tetragonal(), [[0, 0, 2.2], [0, 0, 0]])
+    dataset = Anisotropy().run(atoms, CommitteeToy([CapableToy(Uniaxial(k, numbers=(26,))) for k in values]))
+    np.testing.assert_allclose(np.linalg.norm(dataset["easy_axis_member"], axis=1), 1, atol=1e-9)
+    np.testing.assert_allclose(np.abs(dataset["easy_axis"]), [0, 0, 1], atol=1e-6)
+    assert abs(float(dataset["hard_axis"][2])) < 1e-6
+    rows = {row.label: row.value for row in Anisotropy().summary(dataset)}
+    assert rows["easy axis"] == "[0 0 1], 1 equivalent, 3 of 4 members"
+
+
+def test_an_order_that_is_lost_is_told():
+    """A short moment turns over when it is relaxed, and nothing more is said of the order asked for."""
+    model = CapableToy(Landau(0.05, 0.005), Heisenberg(2e-3, 2.7), Uniaxial(1e-4))
+    for moment, kept in ((-0.3, 0), (-1.8, 1)):
+        dataset = Anisotropy(moments="magnitudes").run(with_moments(tetragonal("Fe2"), [2.0, moment]), model)
+        assert int(dataset["order_kept"]) == kept
+        assert ("order" in {row.label for row in Anisotropy().summary(dataset)}) == (not kept)
+
+
 def test_committee_members_with_other_equivalent_orientations_agree():
     """A canted pair that a vanishing field along ±z tells apart: one rotation, which is lowest for every member."""
     atoms = Atoms("Fe2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.7, 2.9, 3.2], pbc=True)
@@ -425,6 +446,14 @@ def test_refusals():
         Anisotropy(direction=194)
     with pytest.raises(OptionError, match="did you mean 'uniaxial'"):
         Anisotropy(expansion="uniaxal")
+    with pytest.raises(OptionError, match="strain_step does nothing where strain is off"):
+        Anisotropy(strain_step=1e-3)
+    stages = []
+    with pytest.raises(OptionError, match="need a collinear pattern"):
+        Anisotropy(strain=True).run(
+            with_moments(atoms, [[0, 0, 1.0], [1.0, 0, 0]]), toy, lambda stage, done, total: stages.append(stage)
+        )
+    assert set(stages) == {"relax moments"}
 
 
 def test_harmonics_are_orthonormal():

@@ -586,6 +586,27 @@ def test_unstable_crystals_say_so():
     assert rows["Born stability"].startswith("unstable: ions and moments clamped")
 
 
+def test_layers_that_nothing_holds_together():
+    """A layer of springs resists no strain out of it: C is what it is, and no average over soft strains is made up."""
+    layer = Atoms("Fe", cell=[NEIGHBOUR, NEIGHBOUR, 15.0], pbc=True)
+    dataset = Elastic(relax="none", finite_strain=False).run(still(layer), CapableToy(Springs(K, NEIGHBOUR, 3.0)))
+    c = dataset["C"].sel(level="ions").values / GPA
+    np.testing.assert_allclose(c, np.diag([K / 15.0, K / 15.0, 0, 0, 0, 0]), atol=1e-9)
+    for name in ("S", "bulk_modulus_reuss", "bulk_modulus", "young_modulus"):
+        assert np.isnan(dataset[name]).all()
+    assert float(dataset["bulk_modulus_voigt"].sel(level="ions")) == pytest.approx(2 * K / 15 / 9 * GPA)
+    assert not dataset["stable"].values.any()
+
+
+def test_an_order_that_is_lost_is_told():
+    """A short moment turns over when it is relaxed, and the constants are those of another order."""
+    crystal = with_moments(bulk("Fe", cubic=True, a=2.85), [2.0, -0.3])
+    model = CapableToy(Springs(3.0, 2.4, 2.7), Landau(0.05, 0.005), Heisenberg(2e-3, 2.7, 2.0, 2.4), soc=False)
+    dataset = Elastic(moments="magnitudes", relax="none", finite_strain=False).run(crystal, model)
+    assert int(dataset["order_kept"]) == 0
+    assert {row.label: row.value for row in Elastic().summary(dataset)}["order"].startswith("lost")
+
+
 def test_conversions_undo_nothing_at_zero_stress():
     """Without stress all constants are one."""
     matrix = cubic_matrix(3.0, 1.0, 0.7)
@@ -645,6 +666,7 @@ def test_refusals():
         ({"relax": "ion"}, "did you mean 'ions'"),
         ({"strain_step": 0.5}, "strain_step cannot be 0.5"),
         ({"relax": "none", "pressure": 3.0}, "a pressure needs a cell that is relaxed"),
+        ({"finite_strain": False, "strain_step": 1e-3}, "strain_step does nothing"),
     ):
         with pytest.raises(OptionError, match=sentence):
             Elastic(**options)

@@ -198,6 +198,16 @@ def test_a_sublattice_that_loses_its_moment_is_told():
     assert {row.label: row.value for row in prop.summary(dataset)}["given order"] == "lost at some volumes"
 
 
+def test_traces_of_moments_on_other_atoms_make_no_states():
+    """An atom with 0.004 µB takes no part in an antiferromagnet, in the mean |m|, or in the order that is kept."""
+    cell = Atoms("FeAl", scaled_positions=[[0, 0, 0], [0.5] * 3], cell=[2.9] * 3, pbc=True)
+    prop = EquationOfState(moments="fixed")
+    dataset = prop.run(with_moments(cell, [2.2, 0.004]), CapableToy(Springs(3.0, 2.5, 3.3), soc=False))
+    assert list(dataset["state"].values) == ["fm", "nm"]
+    np.testing.assert_allclose(dataset["moment"].sel(state="fm"), 2.2)
+    assert np.all(dataset["order_kept"] == 1)
+
+
 def test_dataset_opens_plainly(tmp_path, result):
     """Plain xarray reads it, with units and names."""
     dataset = result

@@ -1,5 +1,6 @@
 """Relaxation of structure and moments against closed forms, and the enumeration and ranking of collinear orders."""
 
+import itertools
 import warnings
 
 import numpy as np
@@ -13,11 +14,12 @@ from mmace_props.cli import main
 from mmace_props.conventions import GPA
 from mmace_props.elastic import Elastic
 from mmace_props.errors import CalculatorError, ConvergenceError, MomentError, OptionError
-from mmace_props.orders import collinear_orders
+from mmace_props.orders import collinear_orders, order_is_kept
 from mmace_props.protocol import with_moments
 from mmace_props.relax import Relaxation, relaxed_structure, write_structure
 from mmace_props.structures import read_structure
 from scipy.optimize import brentq, minimize
+from scipy.spatial.transform import Rotation
 
 from mmace.calculator import MMACECalculator
 
@@ -354,6 +356,29 @@ def test_structures_are_written_with_their_moments(tmp_path):
         write_structure(atoms, tmp_path / "a.poscar")
 
 
+@pytest.mark.parametrize("name", ["a.extxyz", "a.mcif"])
+def test_a_crystal_without_moments_comes_back_without_moments(name, tmp_path):
+    """Zero moments are moments that are known: no guess takes their place."""
+    write_structure(iron(moments=(0.0, 0.0)), tmp_path / name)
+    again = read_structure(tmp_path / name)
+    assert again.has("initial_magmoms")
+    assert not again.get_initial_magnetic_moments().any()
+
+
+def test_an_order_is_kept_that_turns_as_a_whole():
+    """Moments that turn together keep their order; one that turns over, or vanishes, does not; traces do not count."""
+    start = np.outer([2.0, 1.5, -1.2, 1.0, -0.8], [0, 0.6, 0.8])
+    turned = 1.1 * start @ Rotation.random(random_state=5).as_matrix().T
+    assert order_is_kept(start, turned)
+    for k, factor in itertools.product(range(5), (-1.0, 0.0)):
+        changed = turned.copy()
+        changed[k] *= factor
+        assert not order_is_kept(start, changed)
+    pair = np.array([[0, 0, 2.0], [0, 0, -2.0]])
+    assert not order_is_kept(pair, np.abs(pair))
+    assert order_is_kept(pair * [[1], [2e-3]], pair * [[1], [0]])
+
+
 def test_dataset_opens_plainly_and_the_structure_starts_the_next_run(tmp_path):
     """Plain xarray reads both kinds; a second relaxation from the file written has nothing left to do."""
     target = tmp_path / "fe.extxyz"
@@ -387,7 +412,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 def test_a_plot_without_anything_left_has_no_legend():
     """A crystal at rest in a fixed cell has neither forces nor stress to draw."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert Relaxation().plot(Relaxation(moments="fixed", cell="fixed").run(iron(), coupled())).axes
 
 

@@ -69,6 +69,26 @@ def test_magcif_moments(tmp_path):
     assert sorted(map(tuple, np.round(moments_of(atoms), 8))) == [(0, 0, 2.2), (1.0, 0, -2.0)]
 
 
+def test_moments_of_magcif_that_cannot_be_read_are_no_zeros(tmp_path):
+    """Moments along Cartesian axes, and operations without time reversal, which would leave atoms out."""
+    file = tmp_path / "x.mcif"
+    file.write_text(MAGCIF.replace("crystalaxis", "Cartn"))
+    with pytest.raises(StructureError, match="not along the crystal axes"):
+        read_structure(file)
+    head, atoms = (
+        MAGCIF.split("loop_\n_space_group_symop", 1)[0],
+        "loop_\n_atom_site_label" + MAGCIF.split("_atom_site_label")[1],
+    )
+    plain = (
+        head.replace("_space_group_magn.name_BNS \"P4/mm'm'\"\n", "") + "loop_\n_symmetry_equiv_pos_as_xyz\n{}" + atoms
+    )
+    file.write_text(plain.format("x,y,z\n-x+1/4,y,z\n"))
+    with pytest.raises(StructureError, match="not those of a magnetic space group"):
+        read_structure(file)
+    file.write_text(plain.format("x,y,z\n"))
+    assert len(read_structure(file)) == 2
+
+
 @pytest.mark.parametrize("name", ["x.extxyz", "x.traj", "x.json"])
 def test_formats_that_carry_moments(tmp_path, name):
     """Vector moments come back from ASE's own formats, whether given or computed."""
@@ -90,6 +110,15 @@ def test_poscar_has_none(tmp_path):
     """A format without moments gives a structure without moments."""
     write(tmp_path / "POSCAR", bulk("Fe", cubic=True), format="vasp")
     assert not read_structure(tmp_path / "POSCAR").has("initial_magmoms")
+
+
+def test_of_several_structures_the_last_is_taken_and_said(tmp_path):
+    """Frames of a relaxation, one of which is meant."""
+    frames = [bulk("Fe", cubic=True, a=a) for a in (2.8, 2.9)]
+    write(tmp_path / "run.extxyz", frames)
+    with pytest.warns(UserWarning, match="run.extxyz' holds 2 structures; the last one is taken"):
+        atoms = read_structure(tmp_path / "run.extxyz")
+    assert atoms.cell[0, 0] == pytest.approx(2.9)
 
 
 def test_unreadable_files(tmp_path):
@@ -157,7 +186,7 @@ def test_moment_tables_and_files(tmp_path):
     np.testing.assert_array_equal(read_moments(tmp_path / "b.txt", two), [[1, 0, 2.0], [0, 0, -1]])
     (tmp_path / "one.txt").write_text("2.0\n")
     np.testing.assert_array_equal(read_moments(tmp_path / "one.txt", one), [[0, 0, 2.0]])
-    with pytest.raises(MomentError, match=r"shape \(2,\), but 3 atoms"):
+    with pytest.raises(MomentError, match=r"a.txt' holds 2 x 1 numbers, but 3 atoms need 3 rows"):
         read_moments(tmp_path / "a.txt", three)
     with pytest.raises(MomentError, match="no moments can be read"):
         read_moments(tmp_path / "no.txt", three)
