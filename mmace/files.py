@@ -1,11 +1,13 @@
-"""Files that appear only when whole."""
+"""Files that appear only when whole, and never in place of what was read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import MMACEError
 
 
 @contextmanager
@@ -24,3 +26,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise MMACEError where `output` is one of the files that the same command reads."""
+    if Path(output).resolve() in {Path(path).resolve() for path in inputs}:
+        raise MMACEError(f"{output} is read by this command, and would be written over: name another file to write.")

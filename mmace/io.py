@@ -122,12 +122,13 @@ def model_files(model: str | os.PathLike[str]) -> list[Path]:
     if path.suffix == ".safetensors":
         return [path]
     if path.suffix != ".json":
-        path = Path(str(resources.files("mmace.weights") / f"{model}.json"))
+        weights = Path(str(resources.files("mmace.weights")))
+        path = weights / f"{model}.json"
         if not path.exists():
-            shipped = sorted(p.stem for p in path.parent.glob("*.json"))
-            raise ModelFileError(
-                f"there is no model {model}: give a .safetensors or .json file, or one of {', '.join(shipped)}."
-            )
+            shipped = ", ".join(sorted(p.stem for p in weights.glob("*.json")))
+            wrong = f"{model} is no model file" if os.path.exists(model) else f"there is no model {model}"
+            inside = " in it" if os.path.isdir(model) else ""
+            raise ModelFileError(f"{wrong}: give a .safetensors or .json file{inside}, or one of {shipped}.")
     try:
         members = json.loads(path.read_text())["members"]
     except FileNotFoundError:

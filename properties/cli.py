@@ -140,6 +140,8 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", default=".", help="directory to write to (default: here)")
     parser.add_argument("--drop", action="store_true", help="leave out terms that the program does not hold")
     args = parser.parse_all(arguments, "one dataset at a time")
+    if not Path(args.dataset).exists():
+        raise OptionError(f"there is no dataset '{args.dataset}'; check the path")
     try:
         with xr.open_dataset(args.dataset) as found:
             dataset = found.load()
@@ -210,12 +212,15 @@ def _add_options(parser: Parser, options: type[Options]) -> None:
             text += f": {', '.join(choices)}"
         common: dict[str, Any] = {"dest": f"option_{item.name}", "default": item.default}
         if hint is bool:
+            text += f" (default: {'on' if item.default else 'off'})"
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
         elif get_origin(hint) is tuple:
+            text += f" (default: {' '.join(map(str, common['default']))})" if item.default else ""
             group.add_argument(flag, nargs="+", type=get_args(hint)[0], metavar="X", help=text, **common)
         else:
             kind = hint if hint in (int, float, str) else str
-            group.add_argument(flag, type=kind, metavar="X", help=f"{text} (default: {item.default})", **common)
+            text += f" (default: {item.default})" if item.default != "" else ""
+            group.add_argument(flag, type=kind, metavar="X", help=text, **common)
 
 
 def _property(kind: type[Property], arguments: Sequence[str]) -> int:

@@ -158,6 +158,12 @@ def test_help_list_and_version(capsys):
         run("anisotropy", "-h")
     assert stop.value.code == 0
     assert "--expansion" in capsys.readouterr().out
+    for name, said in (("relax", "with its moments (default: on)"), ("spiral", "Cartesian (default: 0.0 0.0 1.0)")):
+        with pytest.raises(SystemExit):
+            run(name, "-h")
+        text = " ".join(capsys.readouterr().out.split())
+        assert said in text
+        assert "(default: )" not in text
     assert run("screen", "-h") == 0
     assert "--property NAME" in capsys.readouterr().out
 
@@ -179,6 +185,8 @@ def bad_structures(folder):
     partial = (EXAMPLES / "FeAl.cif").read_text().replace("Al1 Al 0.5 0.5 0.5 1.0", "Al1 Al 0.5 0.5 0.5 0.5")
     (folder / "partial.cif").write_text(partial)
     (folder / "short.txt").write_text("2.2\n2.2\n2.2\n")
+    (folder / "none.txt").write_text("")
+    (folder / "none.cif").write_text("")
     write(folder / "mine.cif", iron)
     write(folder / "rows.extxyz", with_moments(iron, [2.2, 2.2]))
     write(folder / "odd.png", with_moments(iron, [2.2, 2.2]), format="extxyz")
@@ -188,7 +196,10 @@ def bad_structures(folder):
 GOOD = str(EXAMPLES / "Fe.cif")
 BAD = [
     (["anisotropy", "xenon.cif"], "does not know the element Xe"),
-    (["anisotropy", GOOD, "--moments", "short.txt"], "2 atoms need"),
+    (["anisotropy", GOOD, "--moments", "short.txt"], "'short.txt' holds 3 x 1 numbers, but 2 atoms need 2 rows"),
+    (["anisotropy", GOOD, "--moments", "none.txt"], "the file of the moments 'none.txt' is empty"),
+    (["anisotropy", "none.cif"], "the structure file 'none.cif' is empty"),
+    (["anisotropy", str(EXAMPLES)], "is a directory; name one structure file"),
     (["anisotropy", "nan.extxyz"], "position of atom 1 is not a finite number"),
     (["anisotropy", "molecule.xyz"], "no cell"),
     (["anisotropy", "near.cif"], "overlap"),

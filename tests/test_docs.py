@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from mmace_props.cli import main
 
 from mmace.calculator import MMACECalculator
 from mmace.io import weights_hash
@@ -69,3 +71,21 @@ def test_a_command_that_fails_says_so(runner, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "WORK", tmp_path)
     with pytest.raises(RuntimeError, match="nowhere"):
         runner.run(runner.Example(tmp_path, "mmace-props eos nowhere.cif", ""))
+
+
+def test_python_about_calculators_datasets_and_plugins_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "properties" / "README.md").read_text()
+    dataset, calculator, plugin = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "single_ion.py").write_text(calculator)
+    (command,) = re.findall(r"^    mmace-props (.*single_ion.py.*)$", page, re.MULTILINE)
+    (tmp_path / "examples").symlink_to(DOCS.parent / "examples")
+    assert main(command.split()) == 0
+    found = {}
+    exec(compile(dataset, "dataset", "exec"), found)
+    assert found["k1"].item() == pytest.approx(1e6 * 1e-4 * 2.2**2 / 2, rel=1e-6)
+    (tmp_path / "flip_plugin.py").write_text(plugin)
+    monkeypatch.syspath_prepend(tmp_path)
+    flip = importlib.import_module("flip_plugin").SpinFlip(site=1)
+    spin = importlib.import_module("single_ion").make(None, True, "fixed", "cpu", "float64")
+    assert flip.run(found["atoms"], spin)["flip"].item() == 0.0

@@ -661,3 +661,8 @@ def test_bad_input_is_one_sentence(labels, tmp_path, capsys):
         assert len(error.strip().splitlines()) == 1
         assert not (tmp_path / "out.extxyz").exists()
     assert run("mlip", cfg, *types, "-o", tmp_path / "nowhere" / "out.extxyz") == 2
+    assert "does not exist" in capsys.readouterr().err
+    before = (tmp_path / "soc.xyz").read_bytes()
+    assert run("extxyz", tmp_path / "soc.xyz", *names, "-o", tmp_path / "soc.xyz") == 2
+    assert "name another file" in capsys.readouterr().err
+    assert (tmp_path / "soc.xyz").read_bytes() == before

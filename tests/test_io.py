@@ -103,6 +103,10 @@ def test_committees(tmp_path: Path) -> None:
         listing.write_text(wrong)
         with pytest.raises(ModelFileError):
             model_files(listing)
+    (tmp_path / "notes.txt").write_text("")
+    for path, place in ((tmp_path / "notes.txt", "file"), (tmp_path, "file in it")):
+        with pytest.raises(ModelFileError, match=rf"is no model file: give a .* or .json {place}, or one of default\."):
+            model_files(path)
     with pytest.raises(ModelFileError, match="there is no model nonsense"):
         model_files("nonsense")
     with pytest.raises(ModelFileError, match="no model file"):

@@ -1040,6 +1040,15 @@ def test_what_a_sampling_cannot_mean_is_refused(tmp_path: Path, change: Callable
         read_sampling(tmp_path / "s.json")
 
 
+def test_a_plan_does_not_replace_its_sampling_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.json"
+    path.write_text((BENCHMARKS / "FeAl" / "plans" / "modes.sampling.json").read_text())
+    before = path.read_bytes()
+    assert main(["label", "plan", str(path), "-o", str(path)]) == 2
+    assert "name another file to write" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_start_and_delay_move_a_family_and_change_nothing_else() -> None:
     recipe = {"name": "r", "engine": "abinit", "carriers": ["Fe"], "settings": SETTINGS}
     lattice = {"type": "bcc", "species": ["Fe"], "a": 2.83}

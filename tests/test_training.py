@@ -1087,6 +1087,8 @@ def test_bad_input_is_one_sentence(files, teacher, tmp_path, capsys):
         (["eval", good, "--model", str(tmp_path / "file.safetensors")], "no model file"),
         (["eval", good, *evaluation, "--json", str(tmp_path / "nowhere" / "x.json")], "nothing can be written"),
         (["eval", good, *evaluation, "--device", "abacus"], "device"),
+        (["eval", good, *evaluation, "--json", good], "name another file"),
+        (["eval", good, *evaluation, "--json", evaluation[1]], "name another file"),
     ]
     for command, message in cases:
         assert main(command) == 2, command

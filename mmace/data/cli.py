@@ -10,6 +10,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from ..errors import LabelError
+from ..files import refuse_inputs
 from .deepmd import read_deepmd
 from .importing import MAGNETIC, as_name, refuse_other_units, settle_signs, sign_evidence, stem_of
 from .matpes import MOMENTS, read_matpes
@@ -61,6 +62,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise LabelError(f"the folder of {args.output} does not exist: make it first.")
     if Path(args.output).is_dir():
         raise LabelError(f"{args.output} is a folder: give a file for the labels.")
+    refuse_inputs(args.output, args.inputs)
     frames: list[Atoms] = []
     skipped = 0
     for path in args.inputs:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ..data import PARTS, Splits, check_groups, label_from_atoms, read_splits
 from ..errors import LabelError
+from ..files import refuse_inputs
 from . import check
 from .collecting import collect, earlier_labels, earlier_rejections
 from .files import CHECKSUMS, check_checksums, read_checked, write_checksums, write_labels, write_text
@@ -128,11 +129,14 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--abinit", default="abinit", help="ABINIT program (default %(default)s)")
     parser.add_argument("--paw", help="folder with PAW data sets (default: $MMACE_PAW, then the gpaw_data package)")
     parser.add_argument("--gpaw-python", help=f"Python that has GPAW (default: ${GPAW_VARIABLE}, then this one)")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which a job is given up")
+    parser.add_argument(
+        "--limit", type=float, default=3600.0, help="seconds after which a job is given up (default %(default)g)"
+    )
     parser.add_argument("--nice", type=int, default=10, help="lower the priority by this much (default %(default)s)")
 
 
 def _plan(args: argparse.Namespace) -> int:
+    refuse_inputs(args.output, [args.sampling])
     plan = read_sampling(args.sampling)
     write_plan(args.output, plan)
     splits = Counter(job.split for job in plan.jobs)
@@ -141,6 +145,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _splits(args: argparse.Namespace) -> int:
+    refuse_inputs(args.output, args.plans)
     given = read_splits(args.given) if args.given else None
     splits = write_splits(args.output, [read_plan(path) for path in args.plans], given)
     print(f"{args.output}: " + ", ".join(f"{len(getattr(splits, part))} {part}" for part in PARTS) + " parents")
@@ -158,6 +163,9 @@ def _propose(args: argparse.Namespace) -> int:
     if args.window <= 0:
         raise LabelError(f"--window is {args.window:g}; it must be positive")
     check_name(f"{Path(args.output).stem}-0", f"the plan {args.output!r} names its jobs after itself")
+    for output in (args.output, args.report):
+        if output:
+            refuse_inputs(output, [*args.labels, args.splits, args.recipe, args.model])
     torch.set_num_threads(args.threads)
     splits = read_splits(args.splits)
     frames = [atoms for path in args.labels for atoms in read_checked(path)]
@@ -322,6 +330,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 def _refine(args: argparse.Namespace) -> int:
     if args.k_spacing <= 0:
         raise LabelError(f"--k-spacing is {args.k_spacing}; it must be above 0")
+    refuse_inputs(args.output, [args.plan])
     plan = check.refined_plan(read_plan(args.plan), args.jobs, args.k_spacing)
     write_plan(args.output, plan)
     print(f"{args.output}: {len(plan.jobs)} jobs")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .. import __version__
 from ..data import LabelledStructure, Splits, read_labels, read_splits
 from ..errors import LabelError, MMACEError
-from ..files import whole_file
+from ..files import refuse_inputs, whole_file
 from ..io import file_hash, load_model, model_files, read_metadata
 from .distributed import Processes, process_group
 from .evaluate import predict, report, table
@@ -55,7 +55,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     _add_label_options(fit)
     fit.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: those of mmace.training.Recipe)")
     fit.add_argument("--seed", type=_seed, default=0, help="of weights and order (default %(default)s)")
-    fit.add_argument("--members", type=int, default=1, help="train a committee, one model for each of so many seeds")
+    fit.add_argument(
+        "--members", type=int, default=1, help="committee of one model for each of so many seeds (default %(default)s)"
+    )
     fit.set_defaults(run=_train)
 
     tune = subparsers.add_parser(
@@ -63,7 +65,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="train a model or a committee further on other labels",
         description="Go on from trained weights, ten times slower; each member of a committee is a run of its own.",
     )
-    tune.add_argument("--from", dest="model", default="default", metavar="MODEL", help="shipped name or file")
+    tune.add_argument(
+        "--from", dest="model", default="default", metavar="MODEL", help="shipped name or file (default: %(default)s)"
+    )
     _add_label_options(tune)
     tune.add_argument("--recipe", metavar="FILE", help="settings as JSON (default: the model's own, ten times slower)")
     tune.add_argument("--part", choices=PARTS, help="weights to change (default: the recipe's choice, or all)")
@@ -82,7 +86,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="Compare a model with labels: errors over all of them, for each part of the splits and parent.",
     )
     check.add_argument("labels", nargs="+", metavar="FILE", help="labels in extended XYZ")
-    check.add_argument("--model", default="default", help="shipped name, .safetensors or committee .json")
+    check.add_argument(
+        "--model", default="default", help="shipped name, .safetensors or committee .json (default: %(default)s)"
+    )
     check.add_argument("--splits", nargs="+", metavar="FILE", help="report each part of these splits too")
     check.add_argument("--json", metavar="FILE", help="write the errors there")
     _add_machine_options(check)
@@ -287,6 +293,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     labels = read_labels(args.labels)
     splits = read_splits(args.splits) if args.splits else None
     files = model_files(args.model)
+    if args.json:
+        refuse_inputs(args.json, [*args.labels, *(args.splits or []), *files, args.model])
     models = [load_model(file, device=args.device) for file in files]
     if len({model.elements for model in models}) > 1:
         raise MMACEError("the members of the committee differ in elements: use models of one kind.")
