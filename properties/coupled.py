@@ -280,7 +280,11 @@ class Coupled(Property):
         symprec = self.options.symprec
         matrix = supercell_matrix(atoms, self.options.dim, self.options.length, self.options.max_atoms)
         primitive = primitive_matrix(atoms, [moments_of(atoms)], symprec, self.options.mag_symprec)
-        return Coupled(self.options, Lattice(atoms, matrix, primitive, symprec))
+        soc = members[0].soc is not False
+        lattice = Lattice(atoms, matrix, primitive, symprec, mag_symprec=self.options.mag_symprec).compact(
+            [moments_of(atoms)], soc
+        )
+        return Coupled(self.options, lattice)
 
     def compute(self, atoms: Atoms, calculator: SpinCalculator, progress: Progress) -> xr.Dataset:
         """Compute bands, characters and gaps with one model."""
@@ -468,8 +472,9 @@ def find_crossings(
     shape = len(ends), 3 * crystal.count, len(crystal.sites)
     gap, energy, place = np.full(shape, np.nan), np.full(shape, np.nan), np.full((*shape, 3), np.nan)
     for number, (low, high) in enumerate(ends):
-        inside = q[(position >= low - 1e-9) & (position <= high + 1e-9)]
-        waves = _refined(inside[_straight(inside)])
+        # the end of a part of the path may share its place with the start of the next
+        after, last = np.searchsorted(position, [low + 1e-9, high - 1e-9])
+        waves = _refined(q[after - 1 : last + 1])
         phonons, magnons = crystal.uncoupled(waves)
         for b, c in np.ndindex(*shape[1:]):
             difference = phonons[:, b] - magnons[:, c]
@@ -481,15 +486,6 @@ def find_crossings(
                 if not found.gap <= gap[number, b, c]:
                     gap[number, b, c], energy[number, b, c], place[number, b, c] = found.gap, found.energy, found.q
     return {"gap": gap, "energy": energy, "q": place}
-
-
-def _straight(q: Array) -> NDArray[np.bool_]:
-    """Say which wave vectors lie on the line of their middle: the ends of a path may share a place with another."""
-    if len(q) < 3:
-        return np.ones(len(q), dtype=bool)
-    along = q[len(q) // 2] - q[len(q) // 2 - 1]
-    off = np.cross(q - q[len(q) // 2], along / np.linalg.norm(along))
-    return np.asarray(np.linalg.norm(off, axis=1) < 1e-6)
 
 
 def _refined(q: Array) -> Array:

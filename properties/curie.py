@@ -27,7 +27,7 @@ from .orders import SAME_ENERGY, CollinearOrder, collinear_orders, order_is_kept
 from .protocol import SMALLEST_MOMENT, ZERO_MOMENT, SpinCalculator, moments_of, with_moments
 from .sampling import KINDS, Kind, Measure, Statistics, Walkers, crossing, peak, statistics, with_error
 from .supercell import Supercell
-from .symmetry import Pattern, primitive_cell
+from .symmetry import Pattern, primitive_cell, searched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -531,7 +531,9 @@ def _series(dataset: xr.Dataset, name: str, run: int) -> str:
 
 def measured_temperature(cell: Atoms) -> tuple[float, str]:
     """Return the measured ordering temperature of a crystal in K and its name, NaN where none is known."""
-    data = spglib.get_symmetry_dataset((cell.cell[:], cell.get_scaled_positions(), cell.numbers), symprec=1e-2)
+    data = searched(
+        spglib.get_symmetry_dataset, (cell.cell[:], cell.get_scaled_positions(), cell.numbers), symprec=1e-2
+    )
     if data is None:
         return np.nan, "nothing known"
     reduced = cell.symbols.formula.reduce()[0].format("metal")

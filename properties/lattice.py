@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.geometry.minkowski_reduction import minkowski_reduce
 from numpy.typing import ArrayLike, NDArray
 from phonopy import Phonopy
 from phonopy.file_IO import write_FORCE_SETS
@@ -21,7 +22,7 @@ from phonopy.structure.atoms import PhonopyAtoms
 
 from .errors import ConvergenceError, MomentError, OptionError, OutputError, StructureError
 from .protocol import ZERO_MOMENT, MomentMode, SpinCalculator, bare, free_axes, with_moments
-from .symmetry import Pattern
+from .symmetry import Pattern, searched
 
 Array = NDArray[np.float64]
 Method = Literal["displacements", "hessian"]
@@ -41,11 +42,11 @@ class Lattice:
     Parameters
     ----------
     atoms : the unit cell; its moments are not used.
-    supercell_matrix : shape (3, 3); phonopy's, columns are the supercell's vectors in those of the unit cell.
-    primitive_matrix : shape (3, 3); phonopy's, columns are the primitive vectors in those of the unit cell.
+    supercell_matrix, primitive_matrix : shape (3, 3); phonopy's, columns are the vectors in those of the unit cell.
     symprec : tolerance of phonopy's symmetry search, Å.
     dataset : displacements that were given, in phonopy's form; None lets phonopy choose them.
     distance : length of a displacement, Å.
+    mag_symprec : moments of one element that are closer than this, in µB, are equal to phonopy.
     """
 
     atoms: Atoms
@@ -54,6 +55,7 @@ class Lattice:
     symprec: float
     dataset: dict[str, Any] | None = None
     distance: float = 0.01
+    mag_symprec: float = 0.0
 
     def phonon(self, moments: Array | None, soc: bool) -> Phonopy:
         """Return phonopy's object with moments in place.
@@ -62,14 +64,52 @@ class Lattice:
         ----------
         moments : of the unit cell, shape (N, 3) in µB; None for the symmetry of the atoms alone.
         soc : whether moments are tied to the lattice; if not, collinear ones enter the symmetry search as numbers.
+
+        Raises
+        ------
+        StructureError : no symmetry is found at this tolerance, or in cells as oblique as these.
         """
-        return Phonopy(
-            phonopy_atoms(self.atoms, moments, soc),
+        found: Phonopy | None = searched(
+            Phonopy,
+            phonopy_atoms(self.atoms, None if moments is None else self._evened(moments), soc),
             supercell_matrix=self.supercell_matrix,
             primitive_matrix=self.primitive_matrix,
             symprec=self.symprec,
             log_level=0,
         )
+        if found is None:
+            raise StructureError(
+                f"no symmetry of the supercell with its moments is found at symprec {self.symprec:g} Å; choose another "
+                "--symprec, or a supercell that is less oblique"
+            )
+        return found
+
+    def compact(self, patterns: Sequence[Array | None], soc: bool) -> "Lattice":
+        """Return the lattice, its cells by their shortest vectors where no symmetry is found in them as they are.
+
+        Parameters
+        ----------
+        patterns : moments of the unit cell, each of shape (N, 3) in µB; None for those without symmetry.
+        soc : whether moments are tied to the lattice.
+        """
+        try:
+            for moments in patterns:
+                self.phonon(moments, soc)
+        except StructureError:
+            cell = self.atoms.cell[:]
+            supercell = self.supercell_matrix @ _shortest(self.supercell_matrix.T @ cell).T
+            primitive = self.primitive_matrix @ _shortest(self.primitive_matrix.T @ cell).T
+            return replace(self, supercell_matrix=supercell, primitive_matrix=primitive)
+        return self
+
+    def _evened(self, moments: Array) -> Array:
+        """Return moments (N, 3) in µB, those that are equal within the tolerance as the first of them."""
+        close = np.abs(moments[:, None] - moments).max(axis=2) <= self.mag_symprec
+        close &= self.atoms.numbers[:, None] == self.atoms.numbers
+        leader = np.arange(len(moments))
+        for k in range(len(moments)):
+            leader[k] = next((j for j in range(k) if close[k, j] and leader[j] == j), k)
+        return moments[leader]
 
     def displaced(self, moments: Array | None, soc: bool) -> Phonopy:
         """Return phonopy's object with displacements: those given, or as many as needed.
@@ -106,6 +146,12 @@ def phonopy_atoms(atoms: Atoms, moments: Array | None, soc: bool) -> PhonopyAtom
         masses=atoms.get_masses() if atoms.has("masses") else None,
         magnetic_moments=magnetic,
     )
+
+
+def _shortest(vectors: Array) -> NDArray[np.int64]:
+    """Return the shortest vectors of a lattice in its given ones, both in rows and of one handedness, shape (3, 3)."""
+    steps = np.rint(np.linalg.solve(vectors.T, minkowski_reduce(vectors)[0].T).T).astype(np.int64)
+    return np.asarray(steps * round(np.linalg.det(steps)))
 
 
 def ase_atoms(cell: PhonopyAtoms) -> Atoms:
@@ -162,10 +208,12 @@ def primitive_matrix(atoms: Atoms, patterns: Sequence[Array], symprec: float, ma
             kinds.append((int(number), mine))
             types.append(len(kinds))
     cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
-    found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    found = searched(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=symprec)
     if found is None or len(found[2]) == len(atoms):
         return np.eye(3)
     matrix = np.linalg.solve(atoms.cell[:].T, np.asarray(found[0]).T)
+    # spglib turns left-handed vectors round
+    matrix *= np.sign(np.linalg.det(matrix))
     cells = len(atoms) // len(found[2])
     for denominator in range(1, 4 * cells + 1):
         whole = np.rint(matrix * denominator)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import MomentError, OptionError, StructureError
 from .protocol import SMALLEST_MOMENT, superlattices, with_moments
-from .symmetry import nearest_rotation, primitive_cell
+from .symmetry import nearest_rotation, primitive_cell, searched
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -144,7 +144,7 @@ def _operations(cell: Atoms, sizes: Array, symprec: float) -> tuple[Integers, In
     """Return rotations (G, 3, 3), images of atoms (G, N), and the cells these lie in (G, N, 3)."""
     kinds = np.unique(np.column_stack([cell.numbers, np.round(sizes, 6)]), axis=0, return_inverse=True)[1].ravel()
     scaled = cell.get_scaled_positions(wrap=False)
-    found = spglib.get_symmetry((cell.cell[:], scaled, kinds + 1), symprec=symprec)
+    found = searched(spglib.get_symmetry, (cell.cell[:], scaled, kinds + 1), symprec=symprec)
     if found is None:
         raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
     images, shifts = [], []

@@ -234,7 +234,8 @@ class Phonon(Property):
                 primitive_matrix(atoms, patterns, symprec, self.options.mag_symprec),
                 symprec,
                 distance=self.options.distance,
-            )
+                mag_symprec=self.options.mag_symprec,
+            ).compact([*patterns, *([None] if self.options.paramagnetic else [])], soc)
             wanted = 0
         first = None if random_first else given
         if not random_first:
@@ -444,7 +445,7 @@ class Phonon(Property):
         """
         scales = np.linspace(1 - self.options.strain / 2, 1 + self.options.strain, self.options.volumes)
         step = self.options.t_step
-        temperatures = np.concatenate([self._temperatures(), self.options.t_max + step * np.array([1.0, 2.0, 3.0])])
+        temperatures = np.append(self._temperatures(), self._temperatures()[-1] + step * np.array([1.0, 2.0, 3.0]))
         volumes, energies, thermal, lowest = [], [], [], []
         for scale in scales:
             lattice = replace(plan.lattice, dataset=None).scaled(scale ** (1 / 3))
@@ -469,24 +470,24 @@ class Phonon(Property):
                 free[:, used] * KJ_PER_MOL,
                 eos="vinet",
             )
-            quasi.run()
-            for key, attribute in (
-                ("volume", "volume_temperature"),
-                ("expansion", "thermal_expansion"),
-                ("bulk_modulus", "bulk_modulus_temperature"),
-                ("heat_capacity_p", "heat_capacity_P_polyfit"),
-                ("gibbs", "gibbs_temperature"),
-            ):
-                part = np.asarray(getattr(quasi, attribute), dtype=float)[:count]
-                values[key][: len(part)] = part
-            # phonopy's fit stops within 1e-6 of the volume, which differences over a step of temperature do not bear
-            exact = _equilibrium_volumes(volumes[used], np.add(free[:, used], energies[used]))
-            values["volume"][:] = exact[:count]
-            slope = (exact[2:] - exact[:-2]) / (temperatures[2:] - temperatures[:-2]) / exact[1:-1]
-            values["expansion"][:] = np.concatenate([[0.0], slope])[:count]
-            outside = (values["volume"] < volumes[used][0]) | (values["volume"] > volumes[used][-1])
-            for part in values.values():
-                part[outside] = np.nan
+            if _has_curves(quasi):
+                for key, attribute in (
+                    ("volume", "volume_temperature"),
+                    ("expansion", "thermal_expansion"),
+                    ("bulk_modulus", "bulk_modulus_temperature"),
+                    ("heat_capacity_p", "heat_capacity_P_polyfit"),
+                    ("gibbs", "gibbs_temperature"),
+                ):
+                    part = np.asarray(getattr(quasi, attribute), dtype=float)[:count]
+                    values[key][: len(part)] = part
+                # phonopy's fit stops within 1e-6 of the volume, too far for differences over a step of temperature
+                exact = _equilibrium_volumes(volumes[used], np.add(free[:, used], energies[used]))
+                values["volume"][:] = exact[:count]
+                slope = (exact[2:] - exact[:-2]) / (temperatures[2:] - temperatures[:-2]) / exact[1:-1]
+                values["expansion"][:] = np.concatenate([[0.0], slope])[:count]
+                outside = (values["volume"] < volumes[used][0]) | (values["volume"] > volumes[used][-1])
+                for part in values.values():
+                    part[outside] = np.nan
         label = ("temperature",)
         return {
             "static_energy": variable("volume_point", energies, "eV/atom", "energy without vibrations"),
@@ -810,6 +811,15 @@ def _stable_run(energies: list[float], lowest: list[float]) -> slice:
     start = int(max(imaginary[imaginary <= centre], default=-1)) + 1
     stop = int(min(imaginary[imaginary >= centre], default=len(lowest)))
     return slice(start, max(start, stop))
+
+
+def _has_curves(quasi: QHA) -> bool:
+    """Say whether phonopy fits the free energies: it refuses those without a minimum near the volumes."""
+    try:
+        quasi.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _equilibrium_volumes(volumes: list[float], energies: Array) -> Array:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.geometry.minkowski_reduction import minkowski_reduce
 from ase.io import write
 from ase.io.jsonio import encode
 
 from .conventions import HAMILTONIAN
 from .protocol import SpinCalculator, moments_of
 from .structures import formula
+from .symmetry import searched
 
-PACKAGES = ("mmace", "numpy", "scipy", "ase", "spglib", "xarray", "netCDF4")
+PACKAGES = ("mmace", "numpy", "scipy", "ase", "spglib", "seekpath", "phonopy", "xarray", "netCDF4")
 
 
 def magnetic_space_group(atoms: Atoms, symprec: float, mag_symprec: float) -> dict[str, str | int | float]:
@@ -35,11 +37,9 @@ def magnetic_space_group(atoms: Atoms, symprec: float, mag_symprec: float) -> di
     """
     cell = (atoms.cell[:], atoms.get_scaled_positions(), atoms.numbers)
     found: dict[str, str | int | float] = {"symprec": float(symprec), "mag_symprec": float(mag_symprec)}
-    plain = spglib.get_symmetry_dataset(cell, symprec=symprec)
+    plain = searched(spglib.get_symmetry_dataset, cell, symprec=symprec)
     found["space_group"] = "unknown" if plain is None else f"{plain.international} ({plain.number})"
-    magnetic = spglib.get_magnetic_symmetry_dataset(
-        (*cell, moments_of(atoms)), symprec=symprec, mag_symprec=mag_symprec
-    )
+    magnetic = _magnetic_dataset(atoms, symprec, mag_symprec)
     if magnetic is None:
         return {**found, "magnetic_space_group": "unknown"}
     bns = spglib.get_magnetic_spacegroup_type(magnetic.uni_number).bns_number
@@ -49,6 +49,24 @@ def magnetic_space_group(atoms: Atoms, symprec: float, mag_symprec: float) -> di
         "magnetic_space_group_uni": int(magnetic.uni_number),
         "magnetic_space_group_type": int(magnetic.msg_type),
     }
+
+
+def _magnetic_dataset(atoms: Atoms, symprec: float, mag_symprec: float) -> Any:
+    """Return what spglib says of the magnetic symmetry, None where it says nothing.
+
+    It does not know the group of many an oblique cell, and knows it by the shortest vectors of the same lattice.
+    """
+    for lattice in (atoms.cell[:], minkowski_reduce(atoms.cell[:])[0]):
+        scaled = np.linalg.solve(lattice.T, atoms.positions.T).T
+        found = searched(
+            spglib.get_magnetic_symmetry_dataset,
+            (lattice, scaled % 1.0, atoms.numbers, moments_of(atoms)),
+            symprec=symprec,
+            mag_symprec=mag_symprec,
+        )
+        if found is not None:
+            return found
+    return None
 
 
 def _bns_symbol(number: str) -> str:

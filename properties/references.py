@@ -17,7 +17,7 @@ from .errors import MomentError, OptionError, StructureError, did_you_mean
 from .protocol import SMALLEST_MOMENT, MomentMode, SpinCalculator, moments_of, with_moments
 from .structures import antiferromagnetic_signs, check_structure, nearest_atoms, read_structure
 from .supercell import SAME_DISTANCE, Coverage, Pairs, Supercell, tilts, transverse
-from .symmetry import Pattern, pattern_symmetry, primitive_cell, shortest_rotation
+from .symmetry import Pattern, pattern_symmetry, primitive_cell, searched, shortest_rotation
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -485,7 +485,8 @@ def operations_of(
     StructureError : spglib finds no symmetry at this tolerance.
     """
     scaled = cell.get_scaled_positions(wrap=False)
-    found = spglib.get_magnetic_symmetry(
+    found = searched(
+        spglib.get_magnetic_symmetry,
         (cell.cell[:], scaled, cell.numbers, pattern),
         symprec=symprec,
         mag_symprec=mag_symprec,

@@ -2,13 +2,15 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import seekpath
 import spglib
 from ase import Atoms
+from ase.dft.kpoints import BandPath, parse_path_string
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 
@@ -21,6 +23,14 @@ CANTING = 1e-3
 """Largest part of a moment across the common axis, relative to the largest moment, of a collinear pattern."""
 ANGLE = 1e-3
 """Two unit vectors closer than this are one."""
+
+
+def searched(search: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return what a search of spglib finds, None where it finds nothing: phonopy, once imported, makes it raise."""
+    try:
+        return search(*arguments, **options)
+    except getattr(spglib, "SpglibError", RuntimeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ def primitive_cell(atoms: Atoms, moments: Array, symprec: float, mag_symprec: fl
             match = [len(kinds) - 1]
         types.append(match[0] + 1)
     cell = (atoms.cell[:], atoms.get_scaled_positions(), types)
-    found = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    found = searched(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=symprec)
     if found is None or len(found[2]) == len(atoms):
         return bare(atoms), moments
     lattice, scaled, types = found
@@ -137,13 +147,13 @@ def pattern_symmetry(atoms: Atoms, signs: Array, symprec: float, mag_symprec: fl
     small, along = primitive_cell(atoms, np.asarray(signs, dtype=float), symprec, mag_symprec)
     lattice = small.cell[:]
     cell = (lattice, small.get_scaled_positions(), small.numbers, along)
-    found = spglib.get_magnetic_symmetry(cell, symprec=symprec, mag_symprec=mag_symprec, is_axial=False)
+    found = searched(spglib.get_magnetic_symmetry, cell, symprec=symprec, mag_symprec=mag_symprec, is_axial=False)
     if found is None:
         raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
     integer = np.unique(np.asarray(found["rotations"], dtype=int), axis=0)
     to_cartesian = lattice.T
     rotations = np.array([to_cartesian @ w @ np.linalg.inv(to_cartesian) for w in integer])
-    primitive = spglib.standardize_cell(cell[:3], to_primitive=True, no_idealize=True, symprec=symprec)
+    primitive = searched(spglib.standardize_cell, cell[:3], to_primitive=True, no_idealize=True, symprec=symprec)
     basis = lattice if primitive is None else np.asarray(primitive[0])
     system, frame = _frame(rotations, basis, atoms.cell[:])
     return PatternSymmetry(rotations, system, frame)
@@ -343,9 +353,29 @@ def band_path(
         raise OptionError(
             f"no path '{path}' in this lattice; its points are {', '.join(sorted(known))}, and its path is {usual}"
         ) from error
-    position, places, names = found.get_linear_kpoint_axis()
-    labels = [(str(n), float(x)) for n, x in zip(names, places, strict=True)]
-    return np.asarray(found.kpts, dtype=float), np.asarray(position, dtype=float), labels
+    return np.asarray(found.kpts, dtype=float), *_linear_axis(found)
+
+
+def _linear_axis(path: BandPath) -> tuple[Array, list[tuple[str, float]]]:
+    """Return places along a path in 1/Å, shape (Q,), and its special points with theirs; a jump has no length.
+
+    ASE's own axis finds the special points where the path bends, so it takes the steps between neighbours on the path
+    for jumps.
+    """
+    q = np.asarray(path.kpts, dtype=float)
+    steps = np.append(0.0, np.linalg.norm(np.diff(q, axis=0) @ path.icell, axis=1)) * 2 * np.pi
+    waves: list[int] = []
+    names: list[str] = []
+    for part in parse_path_string(path.path):
+        for number, name in enumerate(part):
+            start = waves[-1] + 1 if waves else 0
+            apart = np.abs(q[start:] - path.special_points[name]).max(axis=1)
+            waves.append(start + int(np.flatnonzero(apart < 1e-9)[0]))
+            names.append(name)
+            if number == 0:
+                steps[waves[-1]] = 0.0
+    position = np.cumsum(steps)
+    return position, [(name, float(position[wave])) for name, wave in zip(names, waves, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -421,8 +451,12 @@ def site_symmetry(atoms: Atoms, moments: Array, soc: bool, symprec: float, mag_s
     collinear = free or (pattern is not None and pattern.collinear)
     spins = (np.zeros(len(atoms)) if pattern is None else pattern.along) if collinear else moments
     lattice, scaled = atoms.cell[:], atoms.get_scaled_positions(wrap=False)
-    found = spglib.get_magnetic_symmetry(
-        (lattice, scaled, atoms.numbers, spins), symprec=symprec, mag_symprec=mag_symprec, is_axial=not collinear
+    found = searched(
+        spglib.get_magnetic_symmetry,
+        (lattice, scaled, atoms.numbers, spins),
+        symprec=symprec,
+        mag_symprec=mag_symprec,
+        is_axial=not collinear,
     )
     if found is None:
         raise StructureError(f"spglib finds no symmetry at symprec {symprec:g} Å; choose another --symprec")
@@ -453,7 +487,7 @@ def lattice_frame(atoms: Atoms, rotations: Array, symprec: float) -> tuple[str, 
     The system, and orthonormal right-handed rows x', y', z'; cubic axes where cubic, z' the principal one elsewhere.
     """
     cell = (atoms.cell[:], atoms.get_scaled_positions(), atoms.numbers)
-    primitive = spglib.standardize_cell(cell, to_primitive=True, no_idealize=True, symprec=symprec)
+    primitive = searched(spglib.standardize_cell, cell, to_primitive=True, no_idealize=True, symprec=symprec)
     distinct: list[Array] = []
     for rotation in rotations:
         if not any(np.abs(rotation - other).max() < ANGLE for other in distinct):

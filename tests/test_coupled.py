@@ -168,6 +168,14 @@ def test_character_of_the_modes():
     assert part.max() < 1.01
 
 
+def test_crossings_between_two_points():
+    """The ends of a part of the path are enough to find where bands cross on it."""
+    few, many = (quick(points=points).run(chain(), toy()) for points in (2, 41))
+    assert few.sizes["wave"] == 2
+    assert few["segment"].values.tolist() == ["G-X"]
+    np.testing.assert_allclose(few["gap"].values, many["gap"].values, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["fixed", "magnitudes"])
 def test_uncoupled_limits_are_those_of_the_two_properties(mode):
     """Without spin-orbit coupling nothing couples: phonons of the one property, magnons of the other, parts 0 and 1."""

@@ -18,7 +18,7 @@ from mmace_props.base import write_dataset
 from mmace_props.cli import main
 from mmace_props.errors import ConvergenceError, MomentError, OptionError, OutputError, StructureError
 from mmace_props.journal import Journal
-from mmace_props.lattice import random_moments, read_setup
+from mmace_props.lattice import Lattice, random_moments, read_setup
 from mmace_props.phonon import Phonon
 from mmace_props.protocol import SpinCalculator, with_moments
 from phonopy.structure.atomic_data import get_atomic_data
@@ -101,6 +101,38 @@ def test_lattice_of_springs_and_exchange(method):
 
 def chain(m=0.0):
     return with_moments(Atoms("Fe", cell=[2.5, 6, 6.5], pbc=True), [[0, 0, m]])
+
+
+@pytest.mark.parametrize("shape", [[[0, 1, 0], [1, 0, 0], [0, 0, 1]], [[1, 0, 0], [2, 1, 0], [1, 3, -1]]])
+def test_any_cell_of_the_crystal_has_its_phonons(shape):
+    """Left-handed vectors, and vectors so oblique that spglib finds no magnetic group, are as good as the cube's."""
+    atoms = bcc()
+    atoms.set_cell(np.array(shape) @ atoms.cell[:])
+    dataset = quick(method="hessian", mesh=8).run(atoms, toy())
+    assert dataset.sizes["site"] == 1
+    np.testing.assert_allclose(dataset["frequency"].values, closed_form(cartesian(dataset), *ferromagnet()), atol=1e-5)
+    assert dataset.attrs["magnetic_space_group"] == "I4/mm'm' (139.537)"
+    assert float(dataset["zero_point"]) == pytest.approx(39.349, abs=1e-3)
+
+
+def test_a_search_without_result_is_one_sentence():
+    """Where spglib finds no magnetic group in a cell, the error is one of ours."""
+    atoms = bcc()
+    atoms.set_cell(np.array([[1, 0, 0], [2, 1, 0], [1, 3, 1]]) @ atoms.cell[:])
+    lattice = Lattice(atoms, np.diag([2, 2, 2]), np.eye(3), 1e-3)
+    with pytest.raises(StructureError, match="no symmetry of the supercell"):
+        lattice.phonon(atoms.get_initial_magnetic_moments(), soc=False)
+    assert (
+        len(lattice.compact([atoms.get_initial_magnetic_moments()], soc=False).phonon(None, soc=False).supercell) == 16
+    )
+
+
+def test_moments_equal_within_their_tolerance_are_one():
+    """Moments that differ by less than mag_symprec repeat as the atoms do; those that differ by more do not."""
+    atoms = with_moments(bcc(), [[0, 0, M], [0, 0, M + 5e-3]])
+    one, two = (quick(method="hessian", mag_symprec=tolerance).run(atoms, toy()) for tolerance in (1e-2, 2e-3))
+    assert (one.sizes["site"], two.sizes["site"]) == (1, 2)
+    np.testing.assert_allclose(one["frequency"].values, closed_form(cartesian(one), *ferromagnet()), atol=5e-3)
 
 
 def test_chain_with_a_known_frequency():
@@ -301,6 +333,29 @@ def test_thermal_expansion_follows_the_grueneisen_parameters():
     narrow = quick(method="hessian", **settings).run(atoms, CapableToy(*terms, soc=False))
     assert np.isnan(narrow["volume"].values).any()
     assert "leaves the range" in narrow.attrs["note"]
+
+
+def test_last_temperature_does_not_depend_on_where_the_range_ends():
+    """The same steps of temperature give the same expansion, whether the range ends on the last of them or after it."""
+    near, far, short = 2.0, 0.05, 0.97 * NEAR
+    pressure = 8 * NEAR * (near * (NEAR - short) + far * NEAR) + 6 * A * far * A
+    terms = Springs(near, short, NEAR + 0.2), Springs(far, pressure / (far * (8 * NEAR + 6 * A)), A + 0.2)
+    atoms = with_moments(bulk("Fe", a=A), [[0, 0, M]])
+    settings = {"volumes": 5, "strain": 0.06, "t_step": 100.0, "mesh": 3, "points": 8, "method": "hessian"}
+    on, after = (quick(t_max=t, **settings).run(atoms, CapableToy(*terms, soc=False)) for t in (200.0, 290.0))
+    assert after["temperature"].values.tolist() == [0.0, 100.0, 200.0]
+    for name in ("volume", "expansion", "heat_capacity_p"):
+        assert np.isfinite(on[name].values[-1])
+        np.testing.assert_allclose(on[name].values, after[name].values, rtol=1e-6)
+
+
+def test_no_thermal_expansion_far_from_the_equilibrium():
+    """Volumes that the free energy falls over without a minimum leave the quasi-harmonic results out."""
+    pressed = CapableToy(Springs(4.0, 0.99 * NEAR, NEAR + 0.4), soc=False)
+    settings = {"volumes": 5, "strain": 0.03, "t_max": 300.0, "mesh": 3, "points": 8, "method": "hessian"}
+    dataset = quick(**settings).run(with_moments(bulk("Fe", a=A), [[0, 0, M]]), pressed)
+    assert np.isnan(dataset["volume"].values).all()
+    assert np.isfinite(dataset["static_energy"].values).all()
 
 
 def test_thermal_expansion_leaves_unstable_volumes_out():

@@ -1,6 +1,7 @@
 """The base of properties: options, committees, datasets, writing, plugins."""
 
 import dataclasses
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -267,6 +268,15 @@ def test_magnetic_space_groups():
     assert found["magnetic_space_group_type"] == 3
     afm = magnetic_space_group(with_moments(iron(), [[0, 0, 2.2], [0, 0, -2.2]]), 1e-4, 1e-2)
     assert afm["magnetic_space_group_type"] == 4
+
+
+def test_magnetic_space_group_of_an_oblique_cell():
+    """The group is that of the crystal, however oblique the cell, and whether or not phonopy is imported."""
+    importlib.import_module("phonopy")
+    oblique = iron()
+    oblique.set_cell(np.array([[1, 0, 0], [2, 1, 0], [1, 3, 1]]) @ oblique.cell[:])
+    assert magnetic_space_group(oblique, 1e-4, 1e-2)["magnetic_space_group"] == "I4/mm'm' (139.537)"
+    assert magnetic_space_group(oblique, 2.5, 1e-2)["magnetic_space_group"] == "unknown"
 
 
 def test_did_you_mean():

@@ -7,6 +7,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.dft.kpoints import parse_path_string
 from ase.io import write
 from mmace_props.errors import MomentError, OptionError, StructureError
 from mmace_props.protocol import SpinCalculator, moments_of, with_moments
@@ -369,6 +370,32 @@ def test_path_is_measured_in_radians_per_angstrom():
     np.testing.assert_allclose(np.diff(position), steps, atol=1e-12)
     with pytest.raises(OptionError, match="no path 'XYZW'"):
         band_path(cell, "XYZW", 30)
+
+
+@pytest.mark.parametrize(
+    ("cell", "path", "points"),
+    [
+        # Y-C0 and E0-T are next to nothing long
+        (Atoms("Fe", cell=[[2, 2.02, 0], [2, -2.02, 0], [0, 0, 3]], pbc=True), "auto", 101),
+        (bulk("Fe", a=2.83), "auto", 8),
+        (bulk("Co", "hcp", a=2.5, c=4.1), "HKH2", 20),
+    ],
+    ids=["short", "few", "straight"],
+)
+def test_places_along_the_path_are_sums_of_its_steps(cell, path, points):
+    """Every special point is named where it stands, next to others and on a straight line too; jumps have no length."""
+    known, usual = special_points(cell, 1e-3)
+    place, expected = 0.0, []
+    for part in parse_path_string(usual if path == "auto" else path):
+        expected.append((part[0], place))
+        for a, b in itertools.pairwise(part):
+            place += 2 * np.pi * np.linalg.norm((known[b] - known[a]) @ cell.cell.reciprocal()[:])
+            expected.append((b, place))
+    q, position, labels = band_path(cell, path, points)
+    assert [name for name, _ in labels] == [name for name, _ in expected]
+    np.testing.assert_allclose([x for _, x in labels], [x for _, x in expected], atol=1e-8)
+    assert len(q) == len(position)
+    assert (np.diff(position) >= 0).all()
 
 
 @pytest.mark.parametrize(
