@@ -14,6 +14,7 @@ from typing import Any
 
 import ase.io
 import numpy as np
+import spglib
 from ase import Atoms
 from ase.data import atomic_masses
 from ase.stress import full_3x3_to_voigt_6_strain
@@ -21,6 +22,7 @@ from ase.units import _amu, _e
 from mmace_props.eos import birch_murnaghan, fit_birch_murnaghan
 from mmace_props.files import write_whole
 from mmace_props.protocol import moments_of
+from mmace_props.symmetry import searched
 from scipy.optimize import curve_fit
 
 from .calculate import GPA
@@ -264,7 +266,7 @@ def _shear_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None:
     """Add Voigt's 66 in the cubic axes, or C44 where no moments single out an axis, and the distortion."""
     name = tag.removesuffix("-shear").replace("-", ".")
     constants = [(float(a.get_stress()[5]), _shear(a)) for a in frames]
-    if len(constants) == 1 and abs(constants[0][1]) > LEAST_STRAIN:
+    if len(constants) == 1 and abs(constants[0][1]) > LEAST_STRAIN and not _may_shear_itself(frames[0]):
         stress, strain = constants[0]
         value, error = GPA * stress / strain, STRESS_NOISE / abs(strain)
     elif len(constants) > 1 and np.ptp([c[1] for c in constants]) > LEAST_STRAIN:
@@ -300,7 +302,7 @@ def _strain_constants(found: Derived, tag: str, frames: Sequence[Atoms]) -> None
 def _hill(found: Derived, groups: Mapping[str, Sequence[Atoms]], name: str) -> None:
     """Add Hill's shear modulus of a cubic crystal whose three constants are known."""
     known = [found.values[key] for key in (f"{name}.{c}" for c in ("C11", "C12", "C44")) if key in found.values]
-    if len(known) < 3:
+    if len(known) < 3 or f"{name}.C33" in found.values:
         return
     shear, open_ = hill_shear([c["value"] for c in known], [c["uncertainty"] for c in known])
     frames = [a for kind in ("tetragonal", "shear") for a in groups[f"{name.replace('.', '-')}-{kind}"]]
@@ -574,6 +576,21 @@ def _shear(atoms: Atoms) -> float:
     ideal = _unstrained(atoms)
     strain = np.linalg.solve(ideal, atoms.cell.array) - np.eye(3)
     return float(strain[0, 1] + strain[1, 0])
+
+
+def _may_shear_itself(atoms: Atoms) -> bool:
+    """Whether no symmetry of the unstrained crystal with its moments turns σ_xy over, so that it may have one."""
+    cell = _unstrained(atoms)
+    found = searched(
+        spglib.get_magnetic_symmetry,
+        (cell, atoms.get_scaled_positions(), atoms.numbers, moments_of(atoms)[:, 2]),
+        mag_symprec=MOMENT_NOISE,
+        is_axial=False,
+    )
+    if found is None:
+        return True
+    turns = [cell.T @ w @ np.linalg.inv(cell.T) for w in found["rotations"]]
+    return not any(np.isclose(r[0, 0] * r[1, 1] + r[0, 1] * r[1, 0], -1.0) for r in turns)
 
 
 def _unstrained(atoms: Atoms) -> np.ndarray:

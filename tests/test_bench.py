@@ -701,6 +701,8 @@ def test_shear_constant_and_distortion_come_from_the_cartesian_strain(turned):
     found = derived_values({"X-afm110-shear": frames}, Derivation())
     assert found["X.afm110.C66"]["value"] == pytest.approx(GPA * c66, rel=1e-6)
     assert found["X.afm110.distortion"]["value"] == pytest.approx(np.sqrt(2) * a * spontaneous, rel=1e-6)
+    # one strain says nothing where layers along [110] let the crystal shear by itself
+    assert ("X.afm110.C66" in derived_values({"X-afm110-shear": frames[:1]}, Derivation())) is not turned
 
 
 def test_constants_of_a_fourfold_crystal_come_from_opposite_strains():
@@ -723,6 +725,13 @@ def test_constants_of_a_fourfold_crystal_come_from_opposite_strains():
         {k: GPA * c[k] for k in ("C11", "C12", "C13", "C33", "C44")}, rel=1e-5
     )
     assert found["X.afm001.C44"]["uncertainty"] == pytest.approx(np.sqrt(2) * 0.1 / 0.03, rel=1e-3)
+    volumes = []
+    for k, scale in enumerate(np.linspace(0.96, 1.04, 5)):
+        energy = 2 * float(birch_murnaghan(scale * a**3 / 4, -8.0, a**3 / 4, 1.2, 4.0))
+        volumes.append(frame("CrCr", scale ** (1 / 3) * cell, places, f"X-afm001-eos-{k}", energy, moment=[2.0, -2.0]))
+    groups = {"X-afm001-eos": volumes, "X-afm001-strain": frames}
+    assert "X.afm001.V0" in (known := derived_values(groups, Derivation()))
+    assert "X.afm001.G" not in known  # Hill's average of three constants is that of cubic crystals
 
 
 def test_formation_energy_of_a_vacancy():
