@@ -14,7 +14,6 @@ from typing import Any
 
 import ase.io
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.data import atomic_masses
 from ase.stress import full_3x3_to_voigt_6_strain
@@ -22,7 +21,7 @@ from ase.units import _amu, _e
 from mmace_props.eos import birch_murnaghan, fit_birch_murnaghan
 from mmace_props.files import write_whole
 from mmace_props.protocol import moments_of
-from mmace_props.symmetry import searched
+from mmace_props.symmetry import pattern_symmetry
 from scipy.optimize import curve_fit
 
 from .calculate import GPA
@@ -40,6 +39,7 @@ SAME_CELL = 1.3
 STRESS_NOISE = 0.1
 """GPa that the mesh leaves open: finer meshes moved stresses by 0.1 to 0.3 GPa from those of the labels."""
 MOMENT_NOISE = 0.02
+SYMPREC = 1e-4
 HARMONIC = 0.03
 LEAST_STRAIN = 1e-6
 LEAST_FORCE = 0.005
@@ -580,16 +580,9 @@ def _shear(atoms: Atoms) -> float:
 
 def _may_shear_itself(atoms: Atoms) -> bool:
     """Whether no symmetry of the unstrained crystal with its moments turns σ_xy over, so that it may have one."""
-    cell = _unstrained(atoms)
-    found = searched(
-        spglib.get_magnetic_symmetry,
-        (cell, atoms.get_scaled_positions(), atoms.numbers, moments_of(atoms)[:, 2]),
-        mag_symprec=MOMENT_NOISE,
-        is_axial=False,
-    )
-    if found is None:
-        return True
-    turns = [cell.T @ w @ np.linalg.inv(cell.T) for w in found["rotations"]]
+    ideal = atoms.copy()
+    ideal.set_cell(_unstrained(atoms), scale_atoms=True)
+    turns = pattern_symmetry(ideal, moments_of(atoms)[:, 2], SYMPREC, MOMENT_NOISE).rotations
     return not any(np.isclose(r[0, 0] * r[1, 1] + r[0, 1] * r[1, 0], -1.0) for r in turns)
 
 

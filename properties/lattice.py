@@ -92,13 +92,15 @@ class Lattice:
         patterns : moments of the unit cell, each of shape (N, 3) in µB; None for those without symmetry.
         soc : whether moments are tied to the lattice.
         """
+        cell = self.atoms.cell[:]
+        supercell = self.supercell_matrix @ _shortest(self.supercell_matrix.T @ cell).T
+        primitive = self.primitive_matrix @ _shortest(self.primitive_matrix.T @ cell).T
+        if np.array_equal(supercell, self.supercell_matrix) and np.array_equal(primitive, self.primitive_matrix):
+            return self
         try:
             for moments in patterns:
                 self.phonon(moments, soc)
         except StructureError:
-            cell = self.atoms.cell[:]
-            supercell = self.supercell_matrix @ _shortest(self.supercell_matrix.T @ cell).T
-            primitive = self.primitive_matrix @ _shortest(self.primitive_matrix.T @ cell).T
             return replace(self, supercell_matrix=supercell, primitive_matrix=primitive)
         return self
 

@@ -20,7 +20,7 @@ MOST_SITES = 16
 """Magnetic sites in a supercell whose sign patterns are still enumerated."""
 COMPENSATED = 1e-6
 
-KEPT = "1 where no moment vanished or turned over"
+KEPT = "1 where no moment vanished or turned over against the others"
 LOST_ORDER = "lost: a moment vanished or turned over"
 
 SAME_ENERGY = 1e-6

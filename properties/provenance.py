@@ -42,7 +42,7 @@ def magnetic_space_group(atoms: Atoms, symprec: float, mag_symprec: float) -> di
     magnetic = _magnetic_dataset(atoms, symprec, mag_symprec)
     if magnetic is None:
         return {**found, "magnetic_space_group": "unknown"}
-    bns = spglib.get_magnetic_spacegroup_type(magnetic.uni_number).bns_number
+    bns = searched(spglib.get_magnetic_spacegroup_type, magnetic.uni_number).bns_number
     return {
         **found,
         "magnetic_space_group": f"{_bns_symbol(bns)} ({bns})",

@@ -27,10 +27,13 @@ ANGLE = 1e-3
 
 def searched(search: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Return what a search of spglib finds, None where it finds nothing: phonopy, once imported, makes it raise."""
-    try:
-        return search(*arguments, **options)
-    except getattr(spglib, "SpglibError", RuntimeError):
-        return None
+    with warnings.catch_warnings():
+        # before that, spglib warns at every search that it does not raise
+        warnings.filterwarnings("ignore", "Set OLD_ERROR_HANDLING", DeprecationWarning)
+        try:
+            return search(*arguments, **options)
+        except getattr(spglib, "SpglibError", RuntimeError):
+            return None
 
 
 @dataclass(frozen=True)

@@ -412,7 +412,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 def test_a_plot_without_anything_left_has_no_legend():
     """A crystal at rest in a fixed cell has neither forces nor stress to draw."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
         assert Relaxation().plot(Relaxation(moments="fixed", cell="fixed").run(iron(), coupled())).axes
 
 
